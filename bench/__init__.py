@@ -1,0 +1,1 @@
+"""The command fused-lstm: trains a model, times the kernels, says which backend runs."""
