@@ -89,7 +89,7 @@ def layer(
     reverse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `fused_lstm.reference.lstm_layer`, on the backend named ("stepwise" or "reference"), all tensors of one dtype."""
+    """As `fused_lstm.reference.lstm_layer`, on backend "stepwise" or "reference"; all tensors are of one dtype."""
     arguments = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, reverse, backend)
     differentiable = any(tensor is not None and tensor.requires_grad for tensor in arguments[:_FIRST_OPTION])
     if torch.is_grad_enabled() and differentiable:

@@ -142,7 +142,6 @@ def layer_backward(
             gates, c, weight_hh, weight_hr, lengths, reverse,
         )  # fmt: skip
         d_rows = d_gates.view(size, -1)
-        empty = gates.new_empty(0)
         need_input, need_h0, need_c0, need_weight_ih, need_weight_hh, need_bias, need_weight_hr = needs
         d_weight_hh = d_bias = d_weight_ih = d_weight_hr = d_input = None
         if need_weight_hh:

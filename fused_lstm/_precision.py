@@ -1,7 +1,7 @@
 """Whether float32 products may use TF32, for the whole of an LSTM alike.
 
-torch's LSTM asks cuDNN's switch (`torch.backends.cudnn.rnn.fp32_precision`, `torch.backends.cudnn.allow_tf32`), which is
-on by default; a plain matrix product asks `torch.backends.cuda.matmul`, which is off. A drop-in LSTM asks the first.
+torch's LSTM asks cuDNN's switch (`torch.backends.cudnn.rnn.fp32_precision`, `torch.backends.cudnn.allow_tf32`), which
+is on by default; a plain matrix product asks `torch.backends.cuda.matmul`, which is off. A drop-in LSTM asks the first.
 """
 
 from collections.abc import Iterator

@@ -167,10 +167,7 @@ def recurrence_backward(
     dtype = c.dtype
     d_gates = torch.empty_like(gates)
     d_h_all = gates.new_zeros(steps, batch_size, weight_hh.size(1)) if d_output is None else d_output.clone()
-    if weight_hr is None:
-        hidden_all = None
-    else:
-        hidden_all = gates.new_empty(steps, batch_size, hidden_size)
+    hidden_all = None if weight_hr is None else gates.new_empty(steps, batch_size, hidden_size)
     d_c = c.new_zeros(batch_size, hidden_size)
     rows = torch.arange(batch_size, device=gates.device)
     last = (0 if reverse else steps - 1) if lengths is None else lengths - 1

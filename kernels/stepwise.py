@@ -113,7 +113,7 @@ def _step_launcher(kernel, tensors: list[Tensor | None], sizes: tuple[int, int],
     config = pointwise_config(hidden_size)
     grid = (batch_size, triton.cdiv(hidden_size, config.block), 1)
     if batch_size == 0:  # an empty grid is an error
-        return lambda *indices: None
+        return lambda *_: None
     present = next(tensor for tensor in tensors if tensor is not None)
     tensors = [present if tensor is None else tensor for tensor in tensors]  # never read: the flags say so
     constants = {**flags, "BLOCK": config.block}
