@@ -98,10 +98,10 @@ def _obstacle(backend: str, device: torch.device, dtype: torch.dtype, lengths: b
 
 def _triton_obstacle(device: torch.device) -> str | None:
     try:
-        from fused_lstm.kernels import stepwise
+        from fused_lstm.kernels.interpretation import INTERPRETED
     except ImportError as error:
         return f"it needs Triton, and importing that failed: {error}"
-    if stepwise.INTERPRETED:  # the kernels run in Python, on any device
+    if INTERPRETED:  # the kernels run in Python, on any device
         return None
     if device.type != "cuda":
         return (

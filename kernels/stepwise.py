@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fused_lstm.kernels.activations import sigmoid, tanh
 from fused_lstm.kernels.configs import pointwise_config
+from fused_lstm.kernels.interpretation import INTERPRETED
 
 
 @triton.jit(do_not_specialize=["step", "c_from", "c_to", "h_to"])
@@ -102,9 +103,6 @@ def cell_backward_kernel(
     tl.store(d_c_ptr + state, d_c * f, mask=mask)
     if HAS_PROJECTION:
         tl.store(hidden_ptr + step_row * hidden_size + unit, o * tanh_c, mask=mask)
-
-
-INTERPRETED = not isinstance(cell_forward_kernel, triton.JITFunction)
 
 
 def _step_launcher(kernel, tensors: list[Tensor | None], sizes: tuple[int, int], flags: dict) -> Callable[..., None]:
