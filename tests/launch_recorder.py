@@ -1,0 +1,81 @@
+"""A Triton driver without a GPU: kernels are compiled for sm_90 for real, and every launch is recorded, not run.
+
+Run as a script it prints, as JSON, what the stepwise backend launches for one small layer. Each launch is the kernel's
+name, its grid, its stream, and its arguments by name, a tensor as [shape, dtype, address].
+"""
+
+import json
+import os
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+STREAM = 1234
+
+
+class Recorder:
+    """Stands in for the launcher that Triton compiles for a kernel."""
+
+    launches: list = []  # noqa: RUF012
+
+    def __init__(self, src, _metadata):
+        self.kernel = src.fn
+
+    def __call__(self, *args):
+        *grid, stream, _function, _packed, _metadata, _enter, _exit = args[:9]
+        arguments = {
+            name: [list(arg.shape), str(arg.dtype), arg.data_ptr()] if isinstance(arg, torch.Tensor) else arg
+            for name, arg in zip(self.kernel.arg_names, args[9:], strict=True)
+        }
+        self.launches.append({"kernel": self.kernel.__name__, "grid": grid, "stream": stream, "arguments": arguments})
+
+
+class _Utils:
+    def load_binary(self, *_):
+        return object(), object(), 0, 0, 1024
+
+    def get_device_properties(self, _device):
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
+
+
+class _Driver:
+    launcher_cls = Recorder
+    utils = _Utils()
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, _device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+class _Stream:
+    cuda_stream = STREAM
+
+
+def main() -> None:
+    driver.set_active(_Driver())
+    torch.cuda.current_stream = lambda _device=None: _Stream()
+    from fused_lstm.kernels import stepwise
+
+    steps, batch_size, hidden_size = 3, 2, 160
+    half = {"dtype": torch.bfloat16}
+    gates = torch.zeros(steps, batch_size, 4 * hidden_size, **half)
+    state = torch.zeros(batch_size, hidden_size, **half)
+    weight_hh = torch.zeros(4 * hidden_size, hidden_size, **half)
+    output, c = stepwise.recurrence_forward(gates, state, state, weight_hh, None, reverse=True, save=True)
+    lengths = torch.tensor([1, 3])
+    d_gates, *_ = stepwise.recurrence_backward(output, None, state, gates, c, weight_hh, None, lengths, reverse=False)
+    addresses = {"gates": gates.data_ptr(), "c": c.data_ptr(), "output": output.data_ptr()}
+    addresses |= {"d_gates": d_gates.data_ptr(), "lengths": lengths.data_ptr()}
+    print(json.dumps({"launches": Recorder.launches, "addresses": addresses}))
+
+
+if __name__ == "__main__":
+    main()
