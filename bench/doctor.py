@@ -1,0 +1,110 @@
+"""The command `fused-lstm doctor`."""
+
+import os
+import traceback
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import fused_lstm
+from fused_lstm.bench.machine import describe_machine, triton_version
+from fused_lstm.bench.measure import last_line
+
+# What `select_backend` is asked beside the device.
+_CASES = {
+    "float32": {"dtype": torch.float32},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
+    "float64": {"dtype": torch.float64},
+    "float32, with lengths": {"dtype": torch.float32, "lengths": True},
+    "bfloat16, with lengths": {"dtype": torch.bfloat16, "lengths": True},
+    "float32, under torch.compile": {"dtype": torch.float32, "compiling": True},
+    "bfloat16, under torch.compile": {"dtype": torch.bfloat16, "compiling": True},
+}
+_SIZES = {"hidden_size": 512, "batch_size": 16}
+
+
+def doctor() -> None:
+    """Say what is installed, whether Triton works, and which backend a layer would get here, and why.
+
+    The exit code is 1 where there is a CUDA device on which Triton's kernels do not run.
+    """
+    console = Console()
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    console.print(_versions(devices))
+    working = [_print_triton(console, device) for device in devices]
+    if not devices:
+        console.print("No CUDA device here: Triton's kernels can run in its interpreter only, for tests.")
+    for device in (*devices, torch.device("cpu")):
+        console.print(_choices(device))
+    if not all(working):
+        raise typer.Exit(1)
+
+
+def _versions(devices: list[torch.device]) -> Table:
+    facts = describe_machine("cpu")
+    table = Table(show_header=False, box=None)
+    rows = {
+        "Python": facts["python"],
+        "system": facts["system"],
+        "torch": facts["torch"],
+        "Triton": facts["triton"] or "not installed",
+        "CUDA": facts["cuda"] or "none: this torch is for the CPU only",
+        "cuDNN": facts["cudnn"] or "none",
+        "CPU": f"{facts['cpu']}, {facts['cpu_cores']} cores",
+    }
+    for device in devices:
+        gpu = describe_machine(device)
+        rows |= {
+            str(device): f"{gpu['gpu']}, {gpu['gpu_memory_bytes'] / 2**30:.0f} GiB, "
+            f"{gpu['multiprocessors']} multiprocessors, compute capability {gpu['compute_capability']}",
+            "driver": gpu["driver"] or "unknown",
+        }
+    rows["FUSED_LSTM_BACKEND"] = os.environ.get("FUSED_LSTM_BACKEND", "not set")
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table
+
+
+def _print_triton(console: Console, device: torch.device) -> bool:
+    """Prints whether Triton's kernels run on device; returns it."""
+    failure = "it is not installed" if triton_version() is None else _failure(device)
+    console.print(f"Triton on {device}: {'works' if failure is None else f'does not work: {failure}'}", markup=False)
+    return failure is None
+
+
+def _failure(device: torch.device) -> str | None:
+    """What is wrong with a small training step on our kernels, or None."""
+    torch.manual_seed(0)
+    theirs = torch.nn.LSTM(8, 16, device=device)
+    ours = fused_lstm.LSTM(8, 16, device=device, backend="stepwise")
+    ours.load_state_dict(theirs.state_dict())
+    input = torch.randn(5, 4, 8, device=device)
+    try:
+        for lstm in (theirs, ours):
+            lstm(input)[0].square().sum().backward()
+        # wide enough for TF32: this asks whether kernels run; how accurate they are is for `fused-lstm bench`
+        torch.testing.assert_close(ours.weight_hh_l0.grad, theirs.weight_hh_l0.grad, rtol=1e-2, atol=1e-2)
+    except Exception as error:
+        return last_line("".join(traceback.format_exception_only(error)).replace("\n\n", " "))
+    return None
+
+
+def _choices(device: torch.device) -> Table:
+    title = f"backend='auto' on {device}, H={_SIZES['hidden_size']}, N={_SIZES['batch_size']}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("backend", "for", "why"):
+        table.add_column(column)
+    inputs: dict[tuple[str, str], list[str]] = {}
+    for name, options in _CASES.items():
+        try:
+            answer = tuple(fused_lstm.select_backend("auto", device=device, **_SIZES, **options))
+        except ValueError as error:
+            answer = "none", str(error)
+        inputs.setdefault(answer, []).append(name)
+    for (backend, why), names in inputs.items():
+        table.add_row(backend, "\n".join(names), why, end_section=True)
+    return table
