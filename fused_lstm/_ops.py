@@ -141,20 +141,22 @@ def layer_backward(
             *(None if d is None else d.contiguous() for d in (d_output, d_h_n, d_c_n)),
             gates, c, weight_hh, weight_hr, lengths, reverse,
         )  # fmt: skip
-        d_rows = d_gates.view(size, -1)
+        gate_size, hidden_size, output_size = weight_ih.size(0), c.size(2), output.size(2)
+        d_rows = d_gates.view(size, gate_size)
         need_input, need_h0, need_c0, need_weight_ih, need_weight_hh, need_bias, need_weight_hr = needs
         d_weight_hh = d_bias = d_weight_ih = d_weight_hr = d_input = None
         if need_weight_hh:
             # h that entered the steps: h0, then the output of all steps but the last to be walked
             first, inner, entered = (-1, slice(None, -1), output[1:]) if reverse else (0, slice(1, None), output[:-1])
             d_weight_hh = d_gates[first].t() @ h0
-            d_weight_hh.addmm_(d_gates[inner].reshape(size - batch_size, -1).t(), entered.reshape(-1, output.size(2)))
+            d_inner, entered = d_gates[inner].reshape(-1, gate_size), entered.reshape(-1, output_size)
+            d_weight_hh.addmm_(d_inner.t(), entered)
         if need_weight_ih:
             d_weight_ih = d_rows.t() @ input.reshape(size, input_size)
         if need_bias:
             d_bias = d_rows.sum(0)
         if need_weight_hr and d_h_all is not None and hidden_all is not None:
-            d_weight_hr = d_h_all.view(size, -1).t() @ hidden_all.view(size, -1)
+            d_weight_hr = d_h_all.view(size, output_size).t() @ hidden_all.view(size, hidden_size)
         if need_input:
             d_input = (d_rows @ weight_ih).view(steps, batch_size, input_size)
         results = (

@@ -195,5 +195,6 @@ def recurrence_backward(
         d_o.copy_(d_hidden * tanh_c * o * (1 - o))
         d_c = d_c * f
         before = t + 1 if reverse else t - 1
-        (d_h_all[before] if 0 <= before < steps else d_h0).addmm_(d_gates[t], weight_hh)
+        # not addmm_: a CPU's product accumulates onto its addend term by term, and rounds each time at the sum's size
+        (d_h_all[before] if 0 <= before < steps else d_h0).add_(d_gates[t] @ weight_hh)
     return d_gates, d_h0, d_c, None if weight_hr is None else d_h_all, hidden_all
