@@ -174,6 +174,21 @@ def test_activations_at_their_ends(value, gate, device):
     torch.testing.assert_close(gates.flatten().cpu(), torch.tensor(expected), rtol=1e-6, atol=1e-37)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_activations_between_their_ends(dtype, device):
+    """Within two units in the last place of their largest value, 1."""
+    x = torch.linspace(-12, 12, 501, dtype=dtype, device=device)
+    gates = x.repeat(4)[None, None]
+    state, weight_hh = (
+        torch.zeros(1, 501, dtype=dtype, device=device),
+        torch.zeros(2004, 501, dtype=dtype, device=device),
+    )
+    stepwise.recurrence_forward(gates, state, state, weight_hh, None, False, True)
+    exact = x.double()
+    exact = torch.stack((exact.sigmoid(), exact.sigmoid(), exact.tanh(), exact.sigmoid()))
+    assert (gates.double().view(4, 501) - exact).abs().max() <= 2 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("proj_size", [None, 2], ids=["plain", "projection"])
 def test_no_rows(proj_size, device):
     sizes = (2, 0, 5, proj_size)
