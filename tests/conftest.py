@@ -52,10 +52,9 @@ torch.set_num_threads(1)  # the tensors are small: threads would only wait for e
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if HAS_CUDA:
-        return
-    deselected = [item for item in items if item.get_closest_marker("gpu")]
-    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    elsewhere = "interpreter" if HAS_CUDA else "gpu"
+    deselected = [item for item in items if item.get_closest_marker(elsewhere)]
+    items[:] = [item for item in items if not item.get_closest_marker(elsewhere)]
     config.hook.pytest_deselected(items=deselected)
 
 

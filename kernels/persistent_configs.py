@@ -1,0 +1,128 @@
+"""Does a layer's grid fit a device at once, and how is it cut? A pure function; each number stands with its reason."""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+
+@dataclass(frozen=True)
+class Device:
+    """capability: 90 for compute capability 9.0; shared_memory: bytes that one block may have."""
+
+    name: str
+    capability: int
+    multiprocessors: int
+    shared_memory: int
+
+
+KNOWN_DEVICES = {
+    "a100": Device("A100", 80, 108, 166_912),
+    "l40s": Device("L40S", 89, 142, 101_376),
+    "rtx4090": Device("RTX 4090", 89, 128, 101_376),
+    "h100": Device("H100", 90, 132, 232_448),
+    "h200": Device("H200", 90, 132, 232_448),
+    "b200": Device("B200", 100, 148, 232_448),
+    "rtx5090": Device("RTX 5090", 120, 170, 101_376),
+}
+
+
+@dataclass(frozen=True)
+class PersistentConfig:
+    """How the persistent kernels of one layer and direction cut their work.
+
+    units: that a program owns; tiles: programs of a batch tile / slices; slices: parts of the backward's contraction;
+    rows: of a batch tile; forward_k, backward_k: chunks of the contraction, in order; at_once: all chunks of h are
+    loaded before the first product; hoist: what does not change over the steps may stay in registers; num_warps: of a
+    program; shared_memory: bytes that a program needs.
+    """
+
+    units: int
+    tiles: int
+    slices: int
+    rows: int
+    batch_tiles: int
+    forward_k: tuple[int, ...]
+    backward_k: tuple[int, ...]
+    at_once: bool
+    hoist: bool
+    num_warps: int
+    shared_memory: int
+
+    @property
+    def programs(self) -> int:
+        """Programs that wait for each other: those of one batch tile."""
+        return self.tiles * self.slices
+
+
+class DoesNotFit(ValueError):
+    """Why no grid of the persistent kernels fits the device at once."""
+
+
+def persistent_config(device: Device, element_size: int, hidden_size: int, batch_size: int) -> PersistentConfig:
+    """The grid for a layer of hidden_size units (H) and batch_size rows (N) in a dtype of element_size bytes.
+
+    Raises:
+        DoesNotFit: no grid does; its text gives the numbers
+    """
+    # 64 rows of W a program: the least that wgmma and tcgen05 multiply; forward they are 16 units by 4 gates, backward
+    # 64 outputs. More would halve the programs, and with them the shared memory that W can lie in.
+    units, slices, tiles = 16, 4, -(-hidden_size // 64)
+    if hidden_size <= 64:
+        # One program holds all of W and waits for nobody: a barrier costs more than the products it would spread.
+        units, slices, tiles = 64, 1, 1
+    programs = tiles * slices
+    forward_total, backward_total = units * programs, 4 * units * tiles
+    weights = 4 * units * forward_total * element_size  # as many as backward: 64 * backward_total
+    if weights > device.shared_memory:
+        raise DoesNotFit(f"{weights // 1024} KB of W_hh a program are more than a block of {device.name} has")
+    # One program a multiprocessor: what it keeps in shared memory and registers leaves little beside it.
+    most = device.multiprocessors // programs
+    # Rows of a batch tile: as few as let all tiles run at once, since all h of a tile is loaded in every step.
+    # 16 are the least that a product takes without waste; of more than 64 the registers do not hold a step.
+    rows = next((rows for rows in (16, 32, 64) if -(-batch_size // rows) <= most), None)
+    if rows is None:
+        raise DoesNotFit(
+            f"{programs} programs for each 64 of {batch_size} rows are more than "
+            f"the {device.multiprocessors} multiprocessors of {device.name}"
+        )
+    room = (device.shared_memory - weights) // (rows * element_size)  # for how much of a contraction's h at a time
+    # mma.sync, on the capabilities without descriptors, reads the backward's W through addresses, too many for 1024.
+    largest = 1024 if device.capability in _DESCRIBED_BYTES else 512
+    at_once = backward_total <= room
+    while not at_once and largest > room:
+        largest //= 2
+    if largest < 128:  # smaller chunks would be mostly barriers
+        raise DoesNotFit(
+            f"beside {weights // 1024} KB of W_hh, h of {rows} rows does not fit into a block of {device.name}"
+        )
+    forward_k, backward_k = _chunks(forward_total, largest), _chunks(backward_total, largest)
+    return PersistentConfig(
+        units=units,
+        tiles=tiles,
+        slices=slices,
+        rows=rows,
+        batch_tiles=-(-batch_size // rows),
+        forward_k=forward_k,
+        backward_k=backward_k,
+        at_once=at_once,
+        # The descriptors of all products fill the registers before the last ones are hoisted, and then they spill.
+        # Made anew in each step they cost some 20 to 50 instructions, so only where they must.
+        hoist=backward_total * element_size * (2 if rows == 64 else 1) <= _DESCRIBED_BYTES.get(device.capability, 8192),
+        # Eight: h in flight takes half the registers of four, and each warp issues fewer instructions.
+        num_warps=8,
+        shared_memory=weights + rows * element_size * (backward_total if at_once else backward_k[0]),
+    )
+
+
+# Bytes of a row of W whose products' descriptors the registers hold beside a step; counted from compiled code.
+_DESCRIBED_BYTES = {90: 2816, 100: 1536}
+
+
+def _chunks(total: int, largest: int) -> tuple[int, ...]:
+    """total as a sum of powers of two, which the sides of a tile are, from the largest down."""
+    whole, rest = divmod(total, largest)
+    return (largest,) * whole + tuple(1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1)
+
+
+def starts(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Where each chunk begins."""
+    return tuple(accumulate(sizes, initial=0))[:-1]

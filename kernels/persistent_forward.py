@@ -1,0 +1,219 @@
+"""All time steps of a layer in one launch: every program keeps its rows of W_hh on chip and computes its units' steps.
+
+A program owns UNITS units of one batch tile of ROWS rows. It computes gates^T[4 * UNITS, ROWS] = W[4 * UNITS, H] h^T,
+where row 4 * u + k of its tile is gate k of unit u, so that the four gates of a unit meet in one thread; in memory all
+is in torch's own order. Each step it writes its h into an exchange buffer that all programs of the batch tile read.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_lstm.kernels import persistent_launch
+from fused_lstm.kernels.activations import sigmoid, tanh
+from fused_lstm.kernels.interpretation import INTERPRETED
+from fused_lstm.kernels.persistent_configs import starts
+from fused_lstm.kernels.synchronization import arrive, wait
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def load_gates(ptrs, H: tl.constexpr, mask, other):
+    """Four [UNITS, ROWS] tiles of a (N, 4H) step."""
+    i = tl.load(ptrs, mask=mask, other=other)
+    f = tl.load(ptrs + H, mask=mask, other=other)
+    g = tl.load(ptrs + 2 * H, mask=mask, other=other)
+    o = tl.load(ptrs + 3 * H, mask=mask, other=other)
+    return i, f, g, o
+
+
+@triton.jit
+def store_gates(ptrs, H: tl.constexpr, i, f, g, o, mask):
+    dtype = ptrs.dtype.element_ty
+    tl.store(ptrs, i.to(dtype), mask=mask)
+    tl.store(ptrs + H, f.to(dtype), mask=mask)
+    tl.store(ptrs + 2 * H, g.to(dtype), mask=mask)
+    tl.store(ptrs + 3 * H, o.to(dtype), mask=mask)
+
+
+@triton.jit
+def split_gates(gates, UNITS: tl.constexpr, ROWS: tl.constexpr):
+    """[4 * UNITS, ROWS], rows 4 * u + k -> i, f, g, o, each [UNITS, ROWS]."""
+    gates = tl.permute(tl.reshape(gates, (UNITS, 2, 2, ROWS)), (0, 3, 2, 1))
+    i_f, g_o = tl.split(gates)
+    i, f = tl.split(i_f)
+    g, o = tl.split(g_o)
+    return i, f, g, o
+
+
+@triton.jit
+def load_chunk(ptrs, START: tl.constexpr, SIZE: tl.constexpr):
+    """[SIZE, ROWS] of the exchange, from L2 (.cg), as other programs wrote it a moment ago."""
+    return tl.load(ptrs + (START + tl.arange(0, SIZE))[:, None], cache_modifier=".cg")
+
+
+@triton.jit
+def multiply(a, b, PRECISION: tl.constexpr):
+    if _INTERPRETED and a.dtype == tl.bfloat16:  # which the interpreter would multiply as the integers it holds
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def product(w, ptrs, K_SIZES: tl.constexpr, K_STARTS: tl.constexpr, AT_ONCE: tl.constexpr, PRECISION: tl.constexpr):
+    """The chunks [M, k] of w times the chunks [k, ROWS] behind ptrs ([1, ROWS] pointers), summed: [M, ROWS] in float32.
+
+    AT_ONCE: all loads come before the first product, so that their latencies overlap; else chunk after chunk, which
+    needs shared memory for one. Each product has an accumulator of its own: of a chain of products Triton lays all
+    warps along M, where 64 rows are work for four.
+    """
+    x = ()
+    for k in tl.static_range(len(K_SIZES)):
+        if AT_ONCE or k == 0:
+            x = x + (load_chunk(ptrs, K_STARTS[k], K_SIZES[k]),)  # noqa: RUF005
+    acc = multiply(w[0], x[0], PRECISION)
+    for k in tl.static_range(1, len(K_SIZES)):
+        if AT_ONCE:
+            part = multiply(w[k], x[k], PRECISION)
+        else:
+            part = multiply(w[k], load_chunk(ptrs, K_STARTS[k], K_SIZES[k]), PRECISION)
+        acc = tl.fma(acc, 1.0, part)  # not +, which would be folded into the product's accumulator
+    return acc
+
+
+@triton.jit
+def forward_kernel(
+    gates_ptr,  # (T, N, 4H): the input product; the activated gates on return, if SAVE
+    weight_ptr,  # (4H, H)
+    exchange_ptr,  # (2, batch tiles * ROWS, K): h that enters a step, zero beyond N and H; [0] holds h0
+    output_ptr,  # (T, N, H): written
+    c_ptr,  # (T + 1, N, H), or (1, N, H) if not SAVE: float32; c0 where the walk starts
+    counter_ptr,  # (batch tiles,) int32 zeros
+    steps,
+    batch_size,
+    REVERSE: tl.constexpr,
+    H: tl.constexpr,
+    UNITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    K_SIZES: tl.constexpr,
+    K_STARTS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    MASKED: tl.constexpr,  # the tiles do not divide N and H
+    SAVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    APPROX: tl.constexpr,
+    HOIST: tl.constexpr,  # keep what does not change over the steps in registers, which are then full of descriptors
+):
+    tile = tl.program_id(0)
+    batch_tile = tl.program_id(1)
+    K: tl.constexpr = K_STARTS[len(K_SIZES) - 1] + K_SIZES[len(K_SIZES) - 1]
+    PROGRAMS: tl.constexpr = K // UNITS
+    unit = tile * UNITS + tl.arange(0, UNITS)
+    row = batch_tile * ROWS + tl.arange(0, ROWS)
+    mask = None  # without one, no predicate is computed and no register cleared
+    other = None
+    if MASKED:
+        mask = (unit < H)[:, None] & (row < batch_size)[None, :]
+        other = 0.0
+
+    gate_row = tl.arange(0, 4 * UNITS)
+    weight_unit = tile * UNITS + gate_row // 4
+    weight_row = (gate_row % 4) * H + weight_unit
+    w = ()
+    for k in tl.static_range(len(K_SIZES)):
+        column = K_STARTS[k] + tl.arange(0, K_SIZES[k])
+        inside = (weight_unit < H)[:, None] & (column < H)[None, :]
+        ptrs = weight_ptr + weight_row[:, None] * H + column[None, :]
+        w = w + (tl.load(ptrs, mask=inside, other=0.0),)  # noqa: RUF005
+
+    # int64: step * batch_size * 4 * H can pass 2**31
+    step_size = batch_size.to(tl.int64) * H
+    if REVERSE:
+        gates_ptr += (steps - 1) * 4 * step_size
+        output_ptr += (steps - 1) * step_size
+        if SAVE:
+            c_ptr += steps * step_size
+        step_size = -step_size
+    state = row[None, :] * H + unit[:, None]
+    gate_ptrs = gates_ptr + row[None, :] * (4 * H) + unit[:, None]
+    output_ptrs = output_ptr + state
+    c_ptrs = c_ptr + state
+    exchange_size = tl.num_programs(1) * ROWS * K
+    x_ptrs = exchange_ptr + row[None, :] * K
+    h_ptrs = x_ptrs + unit[:, None]
+
+    c = tl.load(c_ptrs, mask=mask, other=other)
+    i_in, f_in, g_in, o_in = load_gates(gate_ptrs, H, mask, other)
+    slot = 0  # of the two halves of the exchange, the one that this step reads
+    for step in tl.range(0, steps, disable_licm=not HOIST):
+        gates = product(w, x_ptrs + slot * exchange_size, K_SIZES, K_STARTS, AT_ONCE, PRECISION)
+        i, f, g, o = split_gates(gates, UNITS, ROWS)
+        i = sigmoid(i + i_in.to(tl.float32), APPROX)
+        f = sigmoid(f + f_in.to(tl.float32), APPROX)
+        g = tanh(g + g_in.to(tl.float32), APPROX)
+        o = sigmoid(o + o_in.to(tl.float32), APPROX)
+        c = f * c + i * g
+        h = (o * tanh(c, APPROX)).to(output_ptr.dtype.element_ty)
+        # Nobody still reads the half that is written now: whoever has arrived at this step's h had read the last one's.
+        slot = 1 - slot
+        tl.store(h_ptrs + slot * exchange_size, h)
+        if PROGRAMS > 1:
+            arrive(counter_ptr + batch_tile)
+        else:
+            tl.debug_barrier()
+        # from here to the wait nobody is kept waiting
+        tl.store(output_ptrs, h, mask=mask)
+        output_ptrs += step_size
+        if SAVE:
+            c_ptrs += step_size
+            tl.store(c_ptrs, c, mask=mask)
+            store_gates(gate_ptrs, H, i, f, g, o, mask)
+        gate_ptrs += tl.where(
+            step + 1 < steps, 4 * step_size, 0
+        )  # after the last step it is read once more, for nothing
+        i_in, f_in, g_in, o_in = load_gates(gate_ptrs, H, mask, other)
+        if PROGRAMS > 1 and step + 1 < steps:
+            wait(counter_ptr + batch_tile, (step + 1) * PROGRAMS)
+    if not SAVE:
+        tl.store(c_ptrs, c, mask=mask)
+
+
+def recurrence_forward(
+    gates: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weight_hh: Tensor,
+    weight_hr: Tensor | None,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `fused_lstm.reference.recurrence_forward`: shapes, order and dtypes are told there. weight_hr is None."""
+    steps, batch_size, hidden_size = gates.size(0), gates.size(1), gates.size(2) // 4
+    output = gates.new_empty(steps, batch_size, hidden_size)
+    c = gates.new_empty(steps + 1 if save else 1, batch_size, hidden_size, dtype=torch.float32)
+    c[-1 if reverse else 0].copy_(c0)
+    if batch_size == 0:
+        return output, c
+    config = persistent_launch.config_for(gates, hidden_size, batch_size)
+    exchange = gates.new_zeros(2, config.batch_tiles * config.rows, sum(config.forward_k))
+    exchange[0, :batch_size, :hidden_size].copy_(h0)
+    counters = gates.new_zeros(config.batch_tiles, dtype=torch.int32)
+    constants = {
+        "REVERSE": reverse,
+        "H": hidden_size,
+        "UNITS": config.units,
+        "ROWS": config.rows,
+        "K_SIZES": config.forward_k,
+        "K_STARTS": starts(config.forward_k),
+        "AT_ONCE": config.at_once,
+        "MASKED": persistent_launch.is_masked(config, hidden_size, batch_size),
+        "SAVE": save,
+        "PRECISION": "tf32",
+        "APPROX": gates.dtype == torch.bfloat16,
+        "HOIST": config.hoist,
+    }
+    tensors = [gates, weight_hh.contiguous(), exchange, output, c, counters]
+    persistent_launch.launch(forward_kernel, config, tensors, (steps, batch_size), constants)
+    return output, c
