@@ -7,6 +7,8 @@ for a few programs only: the ones of its slice, for d_gates; then the ones that 
 for SLICES partial sums, which it adds in a fixed order.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from fused_lstm.kernels import persistent_launch
 from fused_lstm.kernels.activations import tanh
-from fused_lstm.kernels.persistent_configs import starts
+from fused_lstm.kernels.persistent_configs import PersistentConfig, starts
 from fused_lstm.kernels.persistent_forward import load_gates, product, store_gates
 from fused_lstm.kernels.synchronization import arrive, wait
 
@@ -170,6 +172,23 @@ def backward_kernel(
     tl.store(d_c_n_ptr + state, d_c, mask=mask)
 
 
+def backward_tiling(config: PersistentConfig, hidden_size: int, masked: bool) -> dict[str, Any]:
+    """The compile-time arguments of `backward_kernel` that say how the work is cut."""
+    return {
+        "H": hidden_size,
+        "UNITS": config.units,
+        "OUTPUTS": 64,
+        "OUTPUT_TILES": config.tiles,
+        "SLICES": config.slices,
+        "ROWS": config.rows,
+        "K_SIZES": config.backward_k,
+        "K_STARTS": starts(config.backward_k),
+        "AT_ONCE": config.at_once,
+        "MASKED": masked,
+        "HOIST": config.hoist,
+    }
+
+
 def recurrence_backward(
     d_output: Tensor | None,
     d_h_n: Tensor | None,
@@ -204,23 +223,13 @@ def recurrence_backward(
     d_gates_counters, partial_counters = counters.split(
         (config.batch_tiles * config.slices, config.batch_tiles * config.tiles)
     )
-    constants = {
+    masked = persistent_launch.is_masked(config, hidden_size, batch_size)
+    constants = backward_tiling(config, hidden_size, masked) | {
         "REVERSE": reverse,
-        "H": hidden_size,
-        "UNITS": config.units,
-        "OUTPUTS": 64,
-        "OUTPUT_TILES": config.tiles,
-        "SLICES": config.slices,
-        "ROWS": config.rows,
-        "K_SIZES": config.backward_k,
-        "K_STARTS": starts(config.backward_k),
-        "AT_ONCE": config.at_once,
-        "MASKED": persistent_launch.is_masked(config, hidden_size, batch_size),
         "HAS_D_OUTPUT": d_output is not None,
         "HAS_LENGTHS": lengths is not None,
         "PRECISION": "tf32",
         "APPROX": gates.dtype == torch.bfloat16,
-        "HOIST": config.hoist,
     }
     tensors = [
         gates if d_output is None else d_output,  # never read where there is none: the flag says so

@@ -77,16 +77,18 @@ def persistent_config(device: Device, element_size: int, hidden_size: int, batch
     # One program a multiprocessor: what it keeps in shared memory and registers leaves little beside it.
     most = device.multiprocessors // programs
     # Rows of a batch tile: as few as let all tiles run at once, since all h of a tile is loaded in every step.
-    # 16 are the least that a product takes without waste; of more than 64 the registers do not hold a step.
-    rows = next((rows for rows in (16, 32, 64) if -(-batch_size // rows) <= most), None)
+    # 16 are the least that a product takes without waste; of more than these the registers do not hold a step.
+    described = device.capability in _DESCRIBED_BYTES
+    choices = (16, 32, 64) if described else (16, 32)
+    rows = next((rows for rows in choices if -(-batch_size // rows) <= most), None)
     if rows is None:
         raise DoesNotFit(
-            f"{programs} programs for each 64 of {batch_size} rows are more than "
+            f"{programs} programs for each {choices[-1]} of {batch_size} rows are more than "
             f"the {device.multiprocessors} multiprocessors of {device.name}"
         )
     room = (device.shared_memory - weights) // (rows * element_size)  # for how much of a contraction's h at a time
-    # mma.sync, on the capabilities without descriptors, reads the backward's W through addresses, too many for 1024.
-    largest = 1024 if device.capability in _DESCRIBED_BYTES else 512
+    # mma.sync reads the backward's W through addresses instead, of which the registers hold those of 1024 bytes.
+    largest = 1024 if described else 1024 // element_size
     at_once = backward_total <= room
     while not at_once and largest > room:
         largest //= 2
@@ -105,7 +107,7 @@ def persistent_config(device: Device, element_size: int, hidden_size: int, batch
         backward_k=backward_k,
         at_once=at_once,
         # The descriptors of all products fill the registers before the last ones are hoisted, and then they spill.
-        # Made anew in each step they cost some 20 to 50 instructions, so only where they must.
+        # Made anew in each step they cost wgmma some 20 to 50 instructions, and tcgen05 less than fetching them.
         hoist=backward_total * element_size * (2 if rows == 64 else 1) <= _DESCRIBED_BYTES.get(device.capability, 8192),
         # Eight: h in flight takes half the registers of four, and each warp issues fewer instructions.
         num_warps=8,
@@ -113,8 +115,9 @@ def persistent_config(device: Device, element_size: int, hidden_size: int, batch
     )
 
 
-# Bytes of a row of W whose products' descriptors the registers hold beside a step; counted from compiled code.
-_DESCRIBED_BYTES = {90: 2816, 100: 1536}
+# Bytes of a row of W whose products' descriptors the registers hold beside a step: counted from compiled code, for the
+# capabilities whose products (wgmma, tcgen05) take W by descriptors.
+_DESCRIBED_BYTES = {90: 2816, 100: 512}
 
 
 def _chunks(total: int, largest: int) -> tuple[int, ...]:

@@ -5,6 +5,8 @@ where row 4 * u + k of its tile is gate k of unit u, so that the four gates of a
 is in torch's own order. Each step it writes its h into an exchange buffer that all programs of the batch tile read.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +15,7 @@ from torch import Tensor
 from fused_lstm.kernels import persistent_launch
 from fused_lstm.kernels.activations import sigmoid, tanh
 from fused_lstm.kernels.interpretation import INTERPRETED
-from fused_lstm.kernels.persistent_configs import starts
+from fused_lstm.kernels.persistent_configs import PersistentConfig, starts
 from fused_lstm.kernels.synchronization import arrive, wait
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -180,6 +182,20 @@ def forward_kernel(
         tl.store(c_ptrs, c, mask=mask)
 
 
+def forward_tiling(config: PersistentConfig, hidden_size: int, masked: bool) -> dict[str, Any]:
+    """The compile-time arguments of `forward_kernel` that say how the work is cut."""
+    return {
+        "H": hidden_size,
+        "UNITS": config.units,
+        "ROWS": config.rows,
+        "K_SIZES": config.forward_k,
+        "K_STARTS": starts(config.forward_k),
+        "AT_ONCE": config.at_once,
+        "MASKED": masked,
+        "HOIST": config.hoist,
+    }
+
+
 def recurrence_forward(
     gates: Tensor,
     h0: Tensor,
@@ -200,19 +216,12 @@ def recurrence_forward(
     exchange = gates.new_zeros(2, config.batch_tiles * config.rows, sum(config.forward_k))
     exchange[0, :batch_size, :hidden_size].copy_(h0)
     counters = gates.new_zeros(config.batch_tiles, dtype=torch.int32)
-    constants = {
+    masked = persistent_launch.is_masked(config, hidden_size, batch_size)
+    constants = forward_tiling(config, hidden_size, masked) | {
         "REVERSE": reverse,
-        "H": hidden_size,
-        "UNITS": config.units,
-        "ROWS": config.rows,
-        "K_SIZES": config.forward_k,
-        "K_STARTS": starts(config.forward_k),
-        "AT_ONCE": config.at_once,
-        "MASKED": persistent_launch.is_masked(config, hidden_size, batch_size),
         "SAVE": save,
         "PRECISION": "tf32",
         "APPROX": gates.dtype == torch.bfloat16,
-        "HOIST": config.hoist,
     }
     tensors = [gates, weight_hh.contiguous(), exchange, output, c, counters]
     persistent_launch.launch(forward_kernel, config, tensors, (steps, batch_size), constants)

@@ -1,22 +1,9 @@
-"""What every kernel costs, counted from the code that the compiler makes: no GPU is needed.
+"""What a kernel costs, counted from the code that the compiler makes: no GPU is needed."""
 
-    python -m fused_lstm.kernels.resources            prints the table and fails where a number is worse than its budget
-    python -m fused_lstm.kernels.resources --write    makes today's numbers the budgets
-
-The budgets stand in budgets.json beside this file, counted with the Triton version named there. Spills are an error
-with any version and on any target.
-"""
-
-import argparse
 import collections
-import json
-import os
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,68 +12,24 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_lstm.kernels import stepwise
-from fused_lstm.kernels.configs import pointwise_config
-from fused_lstm.kernels.interpretation import INTERPRETED
-
-BUDGETS = Path(__file__).with_name("budgets.json")
-CAPABILITIES = (80, 90, 100, 120)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_DTYPES = ("bf16", "fp16", "fp32", "fp64")
+_MATRIX_OPCODES = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel as it is launched: its compile-time arguments, the types of its pointers, and its warps."""
+    """One kernel as it is launched.
+
+    constants: its compile-time arguments; pointer_types: of its pointers by name, "*" for all others; num_warps: of a
+    program; loops: its longest loop walks the time steps, and one turn of it is what counts.
+    """
 
     name: str
     kernel: Any
     constants: dict[str, Any]
-    pointer_types: dict[str, str]  # by argument; "*" for all others
+    pointer_types: dict[str, str]
     num_warps: int
-
-
-def cases() -> Iterator[Case]:
-    """Every kernel in every dtype; its variants, and the larger block, in bfloat16."""
-    for dtype in _DTYPES:
-        yield _stepwise_forward(dtype, 512, save=True)
-        yield _stepwise_backward(dtype, 512, d_output=True)
-    yield _stepwise_forward("bf16", 1024, save=True)
-    yield _stepwise_backward("bf16", 1024, d_output=True)
-    yield _stepwise_forward("bf16", 512, save=False)
-    yield _stepwise_backward("bf16", 512)
-    yield _stepwise_backward("bf16", 512, d_output=True, lengths=True)
-    yield _stepwise_backward("bf16", 512, projection=True)
-    yield _stepwise_backward("bf16", 512, lengths=True, projection=True)
-
-
-def _stepwise_forward(dtype: str, hidden_size: int, save: bool) -> Case:
-    config = pointwise_config(hidden_size)
-    return Case(
-        f"stepwise forward, {dtype}, block {config.block}" + ", inference" * (not save),
-        stepwise.cell_forward_kernel,
-        {"SAVE": save, "BLOCK": config.block},
-        _pointer_types(dtype, "c_ptr"),
-        config.num_warps,
-    )
-
-
-def _stepwise_backward(
-    dtype: str, hidden_size: int, d_output: bool = False, lengths: bool = False, projection: bool = False
-) -> Case:
-    config = pointwise_config(hidden_size)
-    variant = ", d_output" * d_output + ", lengths" * lengths + ", projection" * projection
-    return Case(
-        f"stepwise backward, {dtype}, block {config.block}{variant}",
-        stepwise.cell_backward_kernel,
-        {"HAS_D_OUTPUT": d_output, "HAS_LENGTHS": lengths, "HAS_PROJECTION": projection, "BLOCK": config.block},
-        {**_pointer_types(dtype, "c_ptr", "d_c_ptr", "d_c_n_ptr"), "lengths_ptr": "*i64"},
-        config.num_warps,
-    )
-
-
-def _pointer_types(dtype: str, *states: str) -> dict[str, str]:
-    return {"*": f"*{dtype}", **dict.fromkeys(states, "*fp64" if dtype == "fp64" else "*fp32")}
+    loops: bool = False
 
 
 def compile_case(case: Case, capability: int) -> Any:
@@ -107,10 +50,12 @@ def compile_case(case: Case, capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def count(compiled: Any) -> dict[str, int]:
-    """Registers a thread, bytes spilled, bytes of shared memory, and what one warp issues from start to end."""
+def count(case: Case, compiled: Any) -> dict[str, int]:
+    """Registers a thread, bytes spilled, bytes of shared memory; and what one warp issues, from the kernel's start to
+    its end or in one turn of its time loop."""
     usage = _tool(compiled, "cuobjdump", "--dump-resource-usage")
-    opcodes = collections.Counter(_opcodes(_tool(compiled, "nvdisasm", "-c")))
+    code = _time_loop if case.loops else _whole
+    opcodes = collections.Counter(code(_tool(compiled, "nvdisasm", "-c")))
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spilled": int(re.search(r"STACK:(\d+)", usage)[1]),
@@ -120,7 +65,14 @@ def count(compiled: Any) -> dict[str, int]:
         "loads": opcodes["LDG"],
         "stores": opcodes["STG"],
         "special": opcodes["MUFU"],
+        "products": sum(opcodes[name] for name in _MATRIX_OPCODES),
     }
+
+
+def allocations_in_loop(compiled: Any) -> list[str]:
+    """The shapes of what the kernel's first loop copies into shared memory in each turn, as its TTGIR says."""
+    _, loop = compiled.asm["ttgir"].split("scf.for", 1)
+    return re.findall(r"ttg\.local_alloc %.*?-> !ttg\.memdesc<(\w+?)x(?:bf16|f16|f32|tf32),", loop)
 
 
 def _tool(compiled: Any, name: str, *options: str) -> str:
@@ -131,60 +83,29 @@ def _tool(compiled: Any, name: str, *options: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _opcodes(disassembly: str) -> Iterator[str]:
-    """The opcode of each instruction, without predicate and suffixes, up to the padding behind the last."""
+def _instructions(disassembly: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    """(opcode without predicate and suffixes, its operands) in order, without the padding; and where each label is."""
+    code, labels = [], {}
     for line in disassembly.splitlines():
-        if match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\w+)", line):
-            if match[1] == "NOP":
-                continue
-            yield match[1]
+        if match := re.match(r"\s*(\.L_\S+):", line):
+            labels[match[1]] = len(code)
+        match = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\w+)(.*?);", line)
+        if match and match[1] != "NOP":
+            code.append((match[1], match[2]))
+    return code, labels
 
 
-def compare(found: dict[str, dict[str, int]], budgets: dict[str, dict[str, int]]) -> list[str]:
-    """One line for each number that is worse than its budget, each kernel without one, each budget without a kernel."""
-    worse = []
-    for name, numbers in found.items():
-        if name not in budgets:
-            worse.append(f"{name}: has no budget")
-            continue
-        worse += [
-            f"{name}: {key} {value}, budget {budgets[name][key]}"
-            for key, value in numbers.items()
-            if value > budgets[name][key]
-        ]
-    return worse + [f"{name}: a budget for no kernel" for name in budgets if name not in found]
+def _whole(disassembly: str) -> list[str]:
+    return [opcode for opcode, _ in _instructions(disassembly)[0]]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="make today's numbers the budgets")
-    write = parser.parse_args(arguments).write
-    if INTERPRETED:
-        print("kernels are interpreted, not compiled: unset TRITON_INTERPRET", file=sys.stderr)
-        return 2
-    wanted = [(capability, case) for capability in CAPABILITIES for case in cases()]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # most of the time goes into the assembler's processes
-        counts = list(pool.map(lambda pair: count(compile_case(pair[1], pair[0])), wanted))
-    found = {
-        f"sm_{capability} {case.name}": numbers for (capability, case), numbers in zip(wanted, counts, strict=True)
-    }
-    width = max(map(len, found))
-    print(" " * width, *next(iter(found.values())), sep="  ")
-    for name, numbers in found.items():
-        print(name.ljust(width), *(str(value).rjust(len(key)) for key, value in numbers.items()), sep="  ")
-    failures = [f"{name}: spills {numbers['spilled']} bytes" for name, numbers in found.items() if numbers["spilled"]]
-    if write:
-        BUDGETS.write_text(json.dumps({"triton": triton.__version__, "kernels": found}, indent=1) + "\n")
-    else:
-        budgets = json.loads(BUDGETS.read_text())
-        if budgets["triton"] == triton.__version__:
-            failures += compare(found, budgets["kernels"])
-        else:
-            print(f"budgets are for Triton {budgets['triton']}, this is {triton.__version__}: only spills are checked")
-    print(f"{len(found)} kernels compiled, {len(failures)} over budget")
-    print("\n".join(failures), file=sys.stderr, end="\n" if failures else "")
-    return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _time_loop(disassembly: str) -> list[str]:
+    """The opcodes of the longest backward branch, from its target to itself."""
+    code, labels = _instructions(disassembly)
+    turns = [
+        (labels[match[1]], end)
+        for end, (opcode, operands) in enumerate(code)
+        if opcode == "BRA" and (match := re.search(r"`\((\.L_\S+)\)", operands)) and labels[match[1]] < end
+    ]
+    start, end = max(turns, key=lambda turn: turn[1] - turn[0])
+    return [opcode for opcode, _ in code[start : end + 1]]

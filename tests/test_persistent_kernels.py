@@ -1,7 +1,9 @@
 """The persistent kernels, every program of a grid alive at once, against the reference."""
 
 import functools
+import time
 
+import concurrent_interpreter
 import pytest
 import torch
 from concurrent_interpreter import Deadlock, launch_concurrently
@@ -9,6 +11,8 @@ from tolerance import assert_as_accurate
 
 from fused_lstm import reference
 from fused_lstm.kernels import persistent, persistent_backward, persistent_forward, persistent_launch
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.fixture
@@ -71,36 +75,36 @@ def check(inputs, lengths=None, reverse=False, with_d_output=True):
         (1, 16, 65, (8, 1)),  # one step, no wait
     ],
 )
-def test_matches_the_reference(steps, batch_size, hidden_size, expected, grids, device, poisoned_memory):
+def test_matches_the_reference(steps, batch_size, hidden_size, expected, grids, device):
     check(make_inputs(steps, batch_size, hidden_size, torch.float32, device))
     if device == "cpu":
         assert grids == [expected, expected]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_matches_the_reference_in_two_bytes(dtype, grids, device, poisoned_memory):
+def test_matches_the_reference_in_two_bytes(dtype, grids, device):
     check(make_inputs(3, 13, 100, dtype, device))
     assert len(grids) == 2
 
 
-def test_matches_the_reference_in_reverse(grids, device, poisoned_memory):
+def test_matches_the_reference_in_reverse(grids, device):
     check(make_inputs(3, 13, 100, torch.float32, device), reverse=True)
     assert len(grids) == 2
 
 
-def test_matches_the_reference_with_lengths(grids, device, poisoned_memory):
+def test_matches_the_reference_with_lengths(grids, device):
     lengths = torch.tensor([3, 1, 2])
     check(make_inputs(3, 3, 100, torch.float32, device, lengths), lengths.to(device))
     assert len(grids) == 2
 
 
-def test_matches_the_reference_from_final_states_alone(grids, device, poisoned_memory):
+def test_matches_the_reference_from_final_states_alone(grids, device):
     check(make_inputs(2, 13, 100, torch.float32, device), with_d_output=False)
     assert len(grids) == 2
 
 
 @pytest.mark.parametrize("hidden_size", [40, 100])
-def test_without_saving_the_results_are_the_same(hidden_size, grids, device, poisoned_memory):
+def test_without_saving_the_results_are_the_same(hidden_size, grids, device):
     (gates, h0, c0, weight_hh, *_), _ = make_inputs(3, 2, hidden_size, torch.float32, device)
     output, c = persistent.recurrence_forward(gates.clone(), h0, c0, weight_hh, None, False, True)
     output_alone, c_alone = persistent.recurrence_forward(gates.clone(), h0, c0, weight_hh, None, False, False)
@@ -139,10 +143,6 @@ def nothing(*_args):
 @pytest.fixture
 def late_program(monkeypatch):
     """Program (0, 0) starts a little late: who does not wait for it is ahead of it for certain."""
-    import time
-
-    import concurrent_interpreter
-
     run_program = concurrent_interpreter._run_program
 
     def run_late(kernel, index, *rest):
@@ -166,7 +166,8 @@ def short_patience(monkeypatch):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("direction", ["forward", "backward d_gates", "backward partial sums"])
-def test_a_missing_wait_shows(direction, monkeypatch, grids, late_program, poisoned_memory):
+@pytest.mark.usefixtures("grids", "late_program")
+def test_a_missing_wait_shows(direction, monkeypatch):
     inputs = make_inputs(3, 2, 100, torch.float32, "cpu")
     if direction == "forward":
         monkeypatch.setattr(persistent_forward, "wait", nothing)
@@ -179,7 +180,8 @@ def test_a_missing_wait_shows(direction, monkeypatch, grids, late_program, poiso
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("direction", ["forward", "backward d_gates", "backward partial sums"])
-def test_a_missing_arrival_is_a_deadlock(direction, monkeypatch, short_patience, poisoned_memory):
+@pytest.mark.usefixtures("short_patience")
+def test_a_missing_arrival_is_a_deadlock(direction, monkeypatch):
     inputs = make_inputs(3, 2, 100, torch.float32, "cpu")
     if direction == "forward":
         monkeypatch.setattr(persistent_forward, "arrive", nothing)

@@ -1,0 +1,105 @@
+"""The kernels whose cost is budgeted, for each target: what the backends launch on its devices."""
+
+from collections.abc import Iterator
+
+from fused_lstm.kernels import stepwise
+from fused_lstm.kernels.configs import pointwise_config
+from fused_lstm.kernels.persistent_backward import backward_kernel, backward_tiling
+from fused_lstm.kernels.persistent_configs import KNOWN_DEVICES, DoesNotFit, PersistentConfig, persistent_config
+from fused_lstm.kernels.persistent_forward import forward_kernel, forward_tiling
+from fused_lstm.kernels.persistent_launch import is_masked
+from fused_lstm.kernels.resources import Case
+
+DEVICES = {80: "a100", 90: "h100", 100: "b200", 120: "rtx5090"}
+_STEPWISE_DTYPES = ("bf16", "fp16", "fp32", "fp64")
+
+
+def cases(capability: int) -> Iterator[Case]:
+    """Every kernel in every dtype; variants and further sizes in bfloat16."""
+    for dtype in _STEPWISE_DTYPES:
+        yield _stepwise_forward(dtype, 512, save=True)
+        yield _stepwise_backward(dtype, 512, d_output=True)
+    yield _stepwise_forward("bf16", 1024, save=True)
+    yield _stepwise_backward("bf16", 1024, d_output=True)
+    yield _stepwise_forward("bf16", 512, save=False)
+    yield _stepwise_backward("bf16", 512)
+    yield _stepwise_backward("bf16", 512, d_output=True, lengths=True)
+    yield _stepwise_backward("bf16", 512, projection=True)
+    yield _stepwise_backward("bf16", 512, lengths=True, projection=True)
+    yield from _persistent(capability)
+
+
+def _stepwise_forward(dtype: str, hidden_size: int, save: bool) -> Case:
+    config = pointwise_config(hidden_size)
+    return Case(
+        f"stepwise forward, {dtype}, block {config.block}" + ", inference" * (not save),
+        stepwise.cell_forward_kernel,
+        {"SAVE": save, "BLOCK": config.block},
+        _pointer_types(dtype, "c_ptr"),
+        config.num_warps,
+    )
+
+
+def _stepwise_backward(
+    dtype: str, hidden_size: int, d_output: bool = False, lengths: bool = False, projection: bool = False
+) -> Case:
+    config = pointwise_config(hidden_size)
+    variant = ", d_output" * d_output + ", lengths" * lengths + ", projection" * projection
+    return Case(
+        f"stepwise backward, {dtype}, block {config.block}{variant}",
+        stepwise.cell_backward_kernel,
+        {"HAS_D_OUTPUT": d_output, "HAS_LENGTHS": lengths, "HAS_PROJECTION": projection, "BLOCK": config.block},
+        {**_pointer_types(dtype, "c_ptr", "d_c_ptr", "d_c_n_ptr"), "lengths_ptr": "*i64"},
+        config.num_warps,
+    )
+
+
+def _persistent(capability: int) -> Iterator[Case]:
+    sizes = [("bf16", hidden_size, 16) for hidden_size in (40, 100, 128, 256, 512, 768, 1024, 1536)]
+    sizes += [("bf16", hidden_size, 64) for hidden_size in (768, 1024, 1536)]
+    sizes += [("bf16", hidden_size, 128) for hidden_size in (512, 768, 1024)]
+    sizes += [("fp16", 512, 16), ("fp32", 256, 16), ("fp32", 512, 16), ("fp32", 768, 16), ("fp32", 512, 128)]
+    device = KNOWN_DEVICES[DEVICES[capability]]
+    for dtype, hidden_size, batch_size in sizes:
+        try:
+            config = persistent_config(device, 4 if dtype == "fp32" else 2, hidden_size, batch_size)
+        except DoesNotFit:
+            continue
+        masked = is_masked(config, hidden_size, batch_size)
+        yield _persistent_forward(dtype, hidden_size, config, masked, save=True)
+        yield _persistent_backward(dtype, hidden_size, config, masked)
+        if (dtype, hidden_size) == ("bf16", 512) and batch_size == 16:
+            yield _persistent_forward(dtype, hidden_size, config, masked, save=False)
+            yield _persistent_backward(dtype, hidden_size, config, masked, lengths=True)
+
+
+def _persistent_forward(dtype: str, hidden_size: int, config: PersistentConfig, masked: bool, save: bool) -> Case:
+    constants = forward_tiling(config, hidden_size, masked) | {
+        "REVERSE": False,
+        "SAVE": save,
+        "PRECISION": "tf32",
+        "APPROX": dtype == "bf16",
+    }
+    name = f"persistent forward, {dtype}, H {hidden_size}, {config.rows} rows" + ", inference" * (not save)
+    types = _pointer_types(dtype, "c_ptr") | {"counter_ptr": "*i32"}
+    return Case(name, forward_kernel, constants, types, config.num_warps, loops=True)
+
+
+def _persistent_backward(
+    dtype: str, hidden_size: int, config: PersistentConfig, masked: bool, lengths: bool = False
+) -> Case:
+    constants = backward_tiling(config, hidden_size, masked) | {
+        "REVERSE": False,
+        "HAS_D_OUTPUT": True,
+        "HAS_LENGTHS": lengths,
+        "PRECISION": "tf32",
+        "APPROX": dtype == "bf16",
+    }
+    name = f"persistent backward, {dtype}, H {hidden_size}, {config.rows} rows" + ", lengths" * lengths
+    types = _pointer_types(dtype, "c_ptr", "d_h_n_ptr", "d_c_n_ptr", "partial_ptr")
+    types |= {"lengths_ptr": "*i64", "d_gates_counter_ptr": "*i32", "partial_counter_ptr": "*i32"}
+    return Case(name, backward_kernel, constants, types, config.num_warps, loops=True)
+
+
+def _pointer_types(dtype: str, *states: str) -> dict[str, str]:
+    return {"*": f"*{dtype}", **dict.fromkeys(states, "*fp64" if dtype == "fp64" else "*fp32")}
