@@ -87,7 +87,7 @@ def bench(
     if json_path is not None:
         check_writable(json_path)
 
-    console = Console()
+    console = Console(highlight=False, markup=False)
     records = []
     for case in cases:
         contenders = contenders_for(case, backends, graphs=graphs, loop=loop, compile_loop=compile_loop)
@@ -105,7 +105,7 @@ def bench(
         records.append(record)
         console.print(_table(record))
         for line in remarks(record):
-            console.print(line, markup=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
         if json_path is not None:
             write_atomically(json_path, (json.dumps({"records": records}, indent=1) + "\n").encode())
         if record["device_lost"] is not None:

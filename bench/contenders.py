@@ -265,7 +265,8 @@ def _flashrnn(workload: Workload) -> Model:
         bias = (bias_ih + bias_hh).view(4, 1, size)
         recurrent = weight_hh.view(4, 1, size, size)
         states, last = flashrnn(gates, recurrent, bias, states=states, function="lstm", dtype=dtype)
-        return states[0, :, :, 0].transpose(0, 1), last[0].transpose(0, 1)[0], last[1].transpose(0, 1)[0]
+        h_n, c_n = last[:, None, :, 0, 0]
+        return states[0, :, :, 0].transpose(0, 1), h_n, c_n
 
     return Model(forward, parameters)
 

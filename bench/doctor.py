@@ -1,6 +1,7 @@
 """The command `fused-lstm doctor`."""
 
 import os
+import platform
 import traceback
 
 import torch
@@ -32,7 +33,7 @@ def doctor() -> None:
 
     The exit code is 1 where there is a CUDA device on which Triton's kernels do not run.
     """
-    console = Console()
+    console = Console(highlight=False, markup=False)
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     console.print(_versions(devices))
     working = [_print_triton(console, device) for device in devices]
@@ -49,7 +50,7 @@ def _versions(devices: list[torch.device]) -> Table:
     table = Table(show_header=False, box=None)
     rows = {
         "Python": facts["python"],
-        "system": facts["system"],
+        "system": platform.platform(),
         "torch": facts["torch"],
         "Triton": facts["triton"] or "not installed",
         "CUDA": facts["cuda"] or "none: this torch is for the CPU only",
@@ -72,7 +73,7 @@ def _versions(devices: list[torch.device]) -> Table:
 def _print_triton(console: Console, device: torch.device) -> bool:
     """Prints whether Triton's kernels run on device; returns it."""
     failure = "it is not installed" if triton_version() is None else _failure(device)
-    console.print(f"Triton on {device}: {'works' if failure is None else f'does not work: {failure}'}", markup=False)
+    console.print(f"Triton on {device}: {'works' if failure is None else f'does not work: {failure}'}")
     return failure is None
 
 
@@ -86,11 +87,12 @@ def _failure(device: torch.device) -> str | None:
     try:
         for lstm in (theirs, ours):
             lstm(input)[0].square().sum().backward()
-        # wide enough for TF32: this asks whether kernels run; how accurate they are is for `fused-lstm bench`
-        torch.testing.assert_close(ours.weight_hh_l0.grad, theirs.weight_hh_l0.grad, rtol=1e-2, atol=1e-2)
     except Exception as error:
-        return last_line("".join(traceback.format_exception_only(error)).replace("\n\n", " "))
-    return None
+        return last_line("".join(traceback.format_exception_only(error)))
+    actual, expected = ours.weight_hh_l0.grad, theirs.weight_hh_l0.grad
+    error = ((actual - expected).abs().max() / expected.abs().max()).item()
+    # wide enough for TF32: this asks whether kernels run; how accurate they are is for `fused-lstm bench`
+    return None if error < 0.01 else f"a gradient is {error:.0%} off torch's"
 
 
 def _choices(device: torch.device) -> Table:

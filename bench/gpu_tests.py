@@ -15,6 +15,9 @@ from pathlib import Path
 _STARTS = 6
 _LONGEST_TEXT = 4000
 
+# Seconds that pytest may take to import torch and collect, before its first test.
+_COLLECTION = 60.0
+
 
 def run_tests(
     root: Path,
@@ -42,7 +45,7 @@ def run_tests(
     Returns:
         JSON-ready: `complete` (did it come to its end?), `counts` by outcome (passed, failed, error, skipped, hung,
         crashed, cut off), `failures` and `uncollected` (a list of `test`, `outcome`, `text`), `slowest` (the ten
-        longest, in seconds), `seconds` and `command`
+        longest, in seconds) and `seconds`
     """
     start = time.monotonic()
     command = [
@@ -75,10 +78,10 @@ def run_tests(
         complete = finished["exit"] in (0, 1, 5) and not finished["stopped"]
         if ending == "cut off" or (running is None and not finished["stopped"]):
             break
-    return {"complete": complete, **_summary(_read(record)), "seconds": time.monotonic() - start, "command": command}
+    return {"complete": complete, **_summary(_read(record)), "seconds": time.monotonic() - start}
 
 
-def tests_passed(result: dict, *, some: bool) -> bool:
+def all_passed(result: dict, *, some: bool) -> bool:
     """Did all that ran pass, and nothing stay out? some: must there have been a test at all?"""
     bad = set(result["counts"]) - {"passed", "skipped"}
     return result["complete"] and not bad and not result["uncollected"] and (not some or result["counts"] != {})
@@ -86,14 +89,15 @@ def tests_passed(result: dict, *, some: bool) -> bool:
 
 def _wait(process: subprocess.Popen, record: Path, deadline: float, silence: float) -> str | None:
     """How process has to be ended: "hung", "cut off", or None where it ends by itself."""
-    size, heard = -1, time.monotonic()
+    size, heard = record.stat().st_size, time.monotonic()
+    patience = max(silence, _COLLECTION)
     while process.poll() is None:
         now = time.monotonic()
         if record.stat().st_size != size:
-            size, heard = record.stat().st_size, now
+            size, heard, patience = record.stat().st_size, now, silence
         if now >= deadline:
             return "cut off"
-        if now - heard > silence:
+        if now - heard > patience:
             return "hung"
         time.sleep(0.1)
     return None

@@ -35,7 +35,6 @@ def _facts(device: str) -> dict:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "python": platform.python_version(),
-        "system": platform.platform(),
         "commit": commit,
         "dirty": dirty,
     }

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,8 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage before it."""
+        self.exit(2, f"on_gpu.py: {message}; see --help\n")
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = _Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, metavar="DIRECTORY", help="where the files go")
     parser.add_argument("--budget-minutes", type=float, default=8, help="for everything (default: %(default)s)")
     parser.add_argument("--skip-tests", action="store_true", help="measure only")

@@ -11,13 +11,13 @@ from pathlib import Path
 from fused_lstm.bench.atomic import write_atomically
 from fused_lstm.bench.contenders import chosen_backends
 from fused_lstm.bench.devices import find_device
-from fused_lstm.bench.gpu_tests import run_tests, tests_passed
+from fused_lstm.bench.gpu_tests import all_passed, run_tests
 from fused_lstm.bench.grid import grid_cases, telling_cases, tiny
+from fused_lstm.bench.machine import now
 from fused_lstm.bench.measure import problems
 from fused_lstm.bench.results_table import machine_line, overview
 from fused_lstm.bench.supervisor import OutOfTime, Supervisor
 from fused_lstm.bench.workload import Case, fresh_seed
-
 
 # What a run leaves in its folder.
 _FILES = "machine.json", "tests.json", "tests.log", "telling.json", "grid.json", "summary.md", "worker.log"
@@ -47,6 +47,7 @@ class Visit:
         self._environment = environment
         self._start = start
         self._deadline = deadline
+        self._machine: dict | None = None
         self._problems: list[str] = []
         self._summary: list[str] = []
 
@@ -84,15 +85,16 @@ class Visit:
 
     def _describe_machine(self, supervisor: Supervisor) -> bool:
         """False where nothing can be measured."""
-        machine = supervisor.machine(self._deadline)
-        if machine is None:
-            self._problem("the measuring process does not start: see worker.log")
+        self._machine = supervisor.machine(self._deadline)
+        working = self._machine is not None
+        if working:
+            self._state_commit(self._machine)
+            self._say(machine_line(self._machine))
+            self._summary.append(machine_line(self._machine))
         else:
-            self._state_commit(machine)
-            self._say(machine_line(machine))
-            self._summary.append(machine_line(machine))
-        self._write("machine.json", {"complete": machine is not None, "machine": machine, "command": sys.argv})
-        return machine is not None
+            self._problem("the measuring process does not start: see worker.log")
+        self._write("machine.json", {"complete": working})
+        return working
 
     def _run_tests(self) -> None:
         self._write("tests.json", {"complete": False})
@@ -107,13 +109,13 @@ class Visit:
                 limit=min(self._options.tests_minutes * 60, self._deadline - time.monotonic()),
                 silence=self._options.silence_seconds,
             )
-        self._write("tests.json", result)
+        self._write("tests.json", result | {"marker": self._options.marker, "only": self._options.test})
         counts = ", ".join(f"{count} {outcome}" for outcome, count in result["counts"].items()) or "none ran"
         whole = "" if result["complete"] else ", and the run did not come to its end"
         line = f"tests: {counts}{whole}, in {result['seconds']:.0f} s"
         self._say(line)
         self._summary.append(line)
-        if not tests_passed(result, some=self._options.device != "cpu"):
+        if not all_passed(result, some=self._options.device != "cpu"):
             failed = [failure["test"] for failure in result["failures"] + result["uncollected"]]
             self._problem("; ".join([line, *failed[:5]]))
 
@@ -166,4 +168,5 @@ class Visit:
         print(f"[{time.monotonic() - self._start:4.0f} s] {line}", flush=True)
 
     def _write(self, name: str, content: dict) -> None:
+        content = {"date": now(), "machine": self._machine, **content}
         write_atomically(self._out / name, (json.dumps(content, indent=1) + "\n").encode())
