@@ -159,13 +159,21 @@ def lstm_layer(
     return output, (h_n, c_n)
 
 
+def _none_or_both(weight_ih, bias_ih, bias_hh):
+    """torch knows no bias or two; on CUDA its cell takes no notice of a second one alone."""
+    if bias_ih is None and bias_hh is None:
+        return None, None
+    return tuple(torch.zeros_like(weight_ih[:, 0]) if bias is None else bias for bias in (bias_ih, bias_hh))
+
+
 def _torch_layer(input, h0, c0, weights, reverse):
     """torch's own layer, which knows one bias only as two, and no reverse direction alone."""
     weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = weights
     flat = [weight_ih, weight_hh]
-    has_biases = bias_ih is not None or bias_hh is not None
+    bias_ih, bias_hh = _none_or_both(weight_ih, bias_ih, bias_hh)
+    has_biases = bias_ih is not None
     if has_biases:
-        flat += [torch.zeros_like(weight_ih[:, 0]) if bias is None else bias for bias in (bias_ih, bias_hh)]
+        flat += [bias_ih, bias_hh]
     if weight_hr is not None:
         flat.append(weight_hr)
     if reverse:
@@ -202,7 +210,7 @@ def lstm_cell(
     """
     name = select_layer_backend(backend, input, w_ih.size(0) // 4, input.size(0), False)
     if name == "torch":
-        return torch.lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
+        return torch.lstm_cell(input, hx, w_ih, w_hh, *_none_or_both(w_ih, b_ih, b_hh))
     if input.dim() != 2:
         raise RuntimeError(f"input must have 2 dimensions, got {input.dim()}")
     check_two_states(hx, "lstm_cell")
