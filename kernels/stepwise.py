@@ -145,7 +145,7 @@ def recurrence_forward(
     order = range(steps - 1, -1, -1) if reverse else range(steps)
     gate_steps, output_steps = gates.unbind(0), output.unbind(0)
     weight_hh_t = weight_hh.t()
-    weight_hr_t = None if weight_hr is None else weight_hr.t()
+    weight_hr_t, hidden_step = (None, None) if weight_hr is None else (weight_hr.t(), hidden[0])
     h_prev = h0
     for t in order:
         gate_steps[t].addmm_(h_prev, weight_hh_t)
@@ -153,7 +153,7 @@ def recurrence_forward(
         launch(t, c_from, c_to, t if weight_hr is None else 0)
         h_prev = output_steps[t]
         if weight_hr_t is not None:
-            torch.mm(hidden[0], weight_hr_t, out=h_prev)
+            torch.mm(hidden_step, weight_hr_t, out=h_prev)
     return output, c
 
 
