@@ -11,7 +11,7 @@ from pathlib import Path
 from fused_lstm.bench.atomic import write_atomically
 from fused_lstm.bench.contenders import chosen_backends
 from fused_lstm.bench.devices import find_device
-from fused_lstm.bench.gpu_tests import all_passed, run_tests
+from fused_lstm.bench.gpu_tests import all_passed, missing_package, run_tests
 from fused_lstm.bench.grid import grid_cases, telling_cases, tiny
 from fused_lstm.bench.machine import now
 from fused_lstm.bench.measure import problems
@@ -113,6 +113,9 @@ class Visit:
         counts = ", ".join(f"{count} {outcome}" for outcome, count in result["counts"].items()) or "none ran"
         whole = "" if result["complete"] else ", and the run did not come to its end"
         line = f"tests: {counts}{whole}, in {result['seconds']:.0f} s"
+        for entry in result["uncollected"]:
+            package = missing_package(entry)
+            line += f"; not collected: {entry['test']}" + (f" (no {package})" if package else "")
         self._say(line)
         self._summary.append(line)
         if not all_passed(result, some=self._options.device != "cpu"):

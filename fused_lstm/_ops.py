@@ -241,6 +241,6 @@ def _(
         weight_ih.shape,
         weight_hh.shape,
         weight_ih.shape[:1],
-        weight_hh.shape[:0] if weight_hr is None else weight_hr.shape,
+        (0,) if weight_hr is None else weight_hr.shape,
     )
     return tuple(input.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))

@@ -8,12 +8,22 @@ from fused_lstm._backends import select_backend
 from fused_lstm._ragged import Ragged, check_lengths
 
 
+def is_autocast_enabled(device: torch.device) -> bool:
+    """Is autocast on for device? For one that it does not know, such as meta, torch's own question is an error."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def _autocast_dtype(input: Tensor) -> torch.dtype:
     """The dtype to compute in: autocast's where it is on and input is not float64, else input's."""
-    device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+    if is_autocast_enabled(input.device) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(input.device.type)
     return input.dtype
+
+
+def check_two_states(hx: tuple[Tensor, ...], function: str) -> None:
+    """RuntimeError, in torch's words, unless hx is h and c."""
+    if len(hx) != 2:
+        raise RuntimeError(f"{function} expects two hidden states")
 
 
 def select_layer_backend(backend: str, input: Tensor, hidden_size: int, batch_size: int, **features: bool) -> str:
@@ -89,7 +99,7 @@ def _check_sizes(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_h
     for name, (tensor, size) in expected.items():
         if tensor is not None and tensor.shape != size:
             raise RuntimeError(f"Expected {name} size {size}, got {list(tensor.shape)}")
-    if torch.is_autocast_enabled(input.device.type):
+    if is_autocast_enabled(input.device):
         return
     for name, (tensor, _) in {"weight_ih": (weight_ih, None), **expected}.items():
         if tensor is None:
@@ -138,6 +148,7 @@ def lstm_layer(
     """
     if input.dim() != 3:
         raise RuntimeError(f"input must have 3 dimensions, got {input.dim()}")
+    check_two_states(hx, "lstm")
     h0, c0 = hx
     weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
     _check_sizes(input, h0, c0, *weights)
@@ -164,13 +175,21 @@ def lstm_layer(
     return output, (h_n, c_n)
 
 
+def _none_or_both(weight_ih, bias_ih, bias_hh):
+    """torch knows no bias or two; on CUDA its cell takes no notice of a second one alone."""
+    if bias_ih is None and bias_hh is None:
+        return None, None
+    return tuple(torch.zeros_like(weight_ih[:, 0]) if bias is None else bias for bias in (bias_ih, bias_hh))
+
+
 def _torch_layer(input, h0, c0, weights, reverse):
     """torch's own layer, which knows one bias only as two, and no reverse direction alone."""
     weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = weights
     flat = [weight_ih, weight_hh]
-    has_biases = bias_ih is not None or bias_hh is not None
+    bias_ih, bias_hh = _none_or_both(weight_ih, bias_ih, bias_hh)
+    has_biases = bias_ih is not None
     if has_biases:
-        flat += [torch.zeros_like(weight_ih[:, 0]) if bias is None else bias for bias in (bias_ih, bias_hh)]
+        flat += [bias_ih, bias_hh]
     if weight_hr is not None:
         flat.append(weight_hr)
     if reverse:
@@ -207,9 +226,10 @@ def lstm_cell(
     """
     name = select_layer_backend(backend, input, w_ih.size(0) // 4, input.size(0))
     if name == "torch":
-        return torch.lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
+        return torch.lstm_cell(input, hx, w_ih, w_hh, *_none_or_both(w_ih, b_ih, b_hh))
     if input.dim() != 2:
         raise RuntimeError(f"input must have 2 dimensions, got {input.dim()}")
+    check_two_states(hx, "lstm_cell")
     h, c = hx
     _check_sizes(input, h, c, w_ih, w_hh, b_ih, b_hh, None)
     _, h, c = run_layer(input[None], h, c, (w_ih, w_hh, b_ih, b_hh, None), None, False, name, False)

@@ -7,7 +7,9 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_lstm._backends import check_backend_name
 from fused_lstm._compile import let_dynamo_trace
 from fused_lstm._ragged import Packing, Ragged, check_lengths
-from fused_lstm.functional import lstm_cell, run_layer, select_layer_backend
+from fused_lstm.functional import check_two_states, is_autocast_enabled, lstm_cell, run_layer, select_layer_backend
+
+Weights = tuple[Tensor | None, ...]  # weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
 
 
 class LSTM(torch.nn.LSTM):
@@ -65,6 +67,8 @@ class LSTM(torch.nn.LSTM):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {data.dim()}D instead")
         batch_size = self._batch_size(input)
         self._check_lengths(input, lengths, batch_size)
+        if not data.dtype.is_floating_point:  # no backend takes it: torch says so in terms of the weights
+            self._check_input(data, data.dim(), self._layer_weights(self._all_weights[0])[0])
         name = select_layer_backend(
             self.backend,
             data,
@@ -76,9 +80,12 @@ class LSTM(torch.nn.LSTM):
         )
         if name == "torch":
             return super().forward(input, hx)
+        if hx is not None:
+            check_two_states(hx, "lstm")
+        weights = [self._layer_weights(names) for names in self._all_weights]
         if packed:
-            return self._forward_packed(input, hx, name)
-        return self._forward_padded(input, hx, lengths, name)
+            return self._forward_packed(input, hx, weights, name)
+        return self._forward_padded(input, hx, lengths, weights, name)
 
     def _batch_size(self, input: Tensor | PackedSequence) -> int:
         if isinstance(input, PackedSequence):
@@ -94,18 +101,22 @@ class LSTM(torch.nn.LSTM):
             raise ValueError("lengths needs a batched input, got a 2D one")
         check_lengths(lengths, batch_size, input.size(1 if self.batch_first else 0))
 
-    def _check_input(self, input: Tensor, dim: int) -> None:
-        dtype = getattr(self, self._all_weights[0][0]).dtype
-        if input.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
+    def _check_input(self, input: Tensor, dim: int, weight: Tensor) -> None:
+        if input.dtype != weight.dtype and not is_autocast_enabled(input.device):
             raise ValueError(
-                f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). "
-                f"Convert input: input.to({dtype}), or convert model: model.to({input.dtype})"
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
             )
         if input.dim() != dim:
             raise RuntimeError(f"input must have {dim} dimensions, got {input.dim()}")
         if input.size(-1) != self.input_size:
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}"
+            )
+        if input.device != weight.device:
+            raise RuntimeError(
+                "Input and parameter tensors are not at the same device, found input tensor at "
+                f"{input.device} and parameter tensor at {weight.device}"
             )
 
     def _state(self, hx: tuple[Tensor, Tensor] | None, input: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -118,7 +129,7 @@ class LSTM(torch.nn.LSTM):
         h0, c0 = hx[0], hx[1]
         self.check_hidden_size(h0, h_size, "Expected hidden[0] size {}, got {}")
         self.check_hidden_size(c0, c_size, "Expected hidden[1] size {}, got {}")
-        if not torch.is_autocast_enabled(input.device.type):
+        if not is_autocast_enabled(input.device):
             for state in (h0, c0):
                 if state.device != input.device:
                     raise RuntimeError(
@@ -132,7 +143,7 @@ class LSTM(torch.nn.LSTM):
                     )
         return h0, c0
 
-    def _forward_padded(self, input, hx, lengths, backend):
+    def _forward_padded(self, input, hx, lengths, weights, backend):
         batched = input.dim() == 3
         if hx is not None and any(state.dim() != input.dim() for state in hx):
             raise RuntimeError(
@@ -144,7 +155,7 @@ class LSTM(torch.nn.LSTM):
             hx = None if hx is None else (hx[0][:, None], hx[1][:, None])
         elif self.batch_first:
             input = input.transpose(0, 1)
-        self._check_input(input, 3)
+        self._check_input(input, 3, weights[0][0])
         h0, c0 = self._state(hx, input, input.size(1))
         if input.size(0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -152,30 +163,36 @@ class LSTM(torch.nn.LSTM):
         if lengths is not None:
             ragged = Ragged.from_lengths(lengths, input.size(0), input.device)
             input = ragged.clear(input)
-        output, h_n, c_n = self._run_layers(input, h0, c0, ragged, None, backend)
+        output, h_n, c_n = self._run_layers(input, h0, c0, weights, ragged, None, backend)
         if not batched:
             return output[:, 0], (h_n[:, 0], c_n[:, 0])
         return output.transpose(0, 1) if self.batch_first else output, (h_n, c_n)
 
-    def _forward_packed(self, input, hx, backend):
+    def _forward_packed(self, input, hx, weights, backend):
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        self._check_input(data, 2)
+        self._check_input(data, 2, weights[0][0])
         packing, ragged = Packing.from_batch_sizes(batch_sizes, data.device)
         h0, c0 = self.permute_hidden(self._state(hx, data, packing.batch_size), sorted_indices)
-        output, h_n, c_n = self._run_layers(packing.pad(data), h0, c0, ragged, packing, backend)
+        output, h_n, c_n = self._run_layers(packing.pad(data), h0, c0, weights, ragged, packing, backend)
         output = PackedSequence(packing.pack(output), batch_sizes, sorted_indices, unsorted_indices)
         return output, self.permute_hidden((h_n, c_n), unsorted_indices)
 
     def _run_layers(
-        self, input: Tensor, h0: Tensor, c0: Tensor, ragged: Ragged | None, packing: Packing | None, backend: str
+        self,
+        input: Tensor,
+        h0: Tensor,
+        c0: Tensor,
+        weights: list[Weights],
+        ragged: Ragged | None,
+        packing: Packing | None,
+        backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """input (T, N, I) -> output (T, N, D * P), h_n and c_n (num_layers * D, N, ·)."""
         directions = 2 if self.bidirectional else 1
         h_n, c_n = [], []
-        for index, names in enumerate(self._all_weights):
-            weights = self._layer_weights(names)
+        for index, layer in enumerate(weights):
             reverse = index % directions == 1
-            output, h, c = run_layer(input, h0[index], c0[index], weights, ragged, reverse, backend, self.recompute)
+            output, h, c = run_layer(input, h0[index], c0[index], layer, ragged, reverse, backend, self.recompute)
             h_n.append(h)
             c_n.append(c)
             if directions == 2:
@@ -183,11 +200,11 @@ class LSTM(torch.nn.LSTM):
                     first = output
                     continue
                 output = torch.cat((first, output), dim=2)
-            input = output if index + 1 == len(self._all_weights) else self._dropout(output, packing)
+            input = output if index + 1 == len(weights) else self._dropout(output, packing)
         return input, torch.stack(h_n), torch.stack(c_n)
 
-    def _layer_weights(self, names: list[str]) -> tuple[Tensor | None, ...]:
-        """weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, read now: they may be parametrized or replaced."""
+    def _layer_weights(self, names: list[str]) -> Weights:
+        """Read at each forward: they may be parametrized or replaced."""
         weights = [getattr(self, name) for name in names]
         if not self.bias:
             weights[2:2] = [None, None]
@@ -240,6 +257,7 @@ class LSTMCell(torch.nn.LSTMCell):
         for index, state in enumerate(hx):
             if state.dim() not in (1, 2):
                 raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead")
+        check_two_states(hx, "lstm_cell")
         self._check_sizes(input, hx)
         weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         if input.dim() == 2:
@@ -250,14 +268,17 @@ class LSTMCell(torch.nn.LSTMCell):
     def _check_sizes(self, input: Tensor, hx: tuple[Tensor, Tensor]) -> None:
         if input.size(-1) != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {input.size(-1)} expected {self.input_size}")
+        batch_size = input.size(0) if input.dim() == 2 else 1
         for index, state in enumerate(hx):
-            if state.dim() == input.dim() == 2 and state.size(0) != input.size(0):
+            batched = state if input.dim() == 2 else state[None]
+            if batched.size(0) != batch_size:
                 raise RuntimeError(
-                    f"Input batch size {input.size(0)} doesn't match hidden{index} batch size {state.size(0)}"
+                    f"Input batch size {batch_size} doesn't match hidden{index} batch size {batched.size(0)}"
                 )
-            if state.size(-1) != self.hidden_size:
+            if batched.shape[1:] != (self.hidden_size,):
+                got = batched.size(1) if batched.dim() > 1 else batched.size(0)
                 raise RuntimeError(
-                    f"hidden{index} has inconsistent hidden_size: got {state.size(-1)}, expected {self.hidden_size}"
+                    f"hidden{index} has inconsistent hidden_size: got {got}, expected {self.hidden_size}"
                 )
 
 

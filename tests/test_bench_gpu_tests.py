@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fused_lstm.bench.gpu_tests import all_passed, run_tests
+from fused_lstm.bench.gpu_tests import all_passed, missing_package, run_tests
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -130,11 +130,22 @@ def test_it_goes_on_after_whatever_happens(suite):
     assert result["counts"]["passed"] == 4
     [uncollected] = result["uncollected"]
     assert uncollected["test"] == "tests/test_broken.py"
+    assert missing_package(uncollected) == "no_such_module"
     assert "no_such_module" in uncollected["text"]
     texts = {failure["outcome"]: failure["text"] for failure in result["failures"]}
     assert "assert (6 * 9) == 42" in texts["failed"] or "illegal memory access" in texts["failed"]
     assert "not put away" in texts["error"]
     assert not all_passed(result, some=True)
+
+
+@pytest.mark.parametrize(("package", "passed"), [("rich", True), ("rich.table", True), ("torch", False)])
+def test_files_that_need_what_the_gpu_can_do_without(suite, package, passed):
+    missing = f"raise ModuleNotFoundError(\"No module named '{package}'\")"
+    result = suite(test_right=RIGHT, test_other=missing)
+    [entry] = result["uncollected"]
+    assert missing_package(entry) == package.partition(".")[0]
+    assert result["counts"] == {"passed": 1, "skipped": 1}
+    assert all_passed(result, some=True) is passed
 
 
 def test_the_limit_cuts_it_off(suite):

@@ -153,7 +153,8 @@ def test_stepwise(replace, device):
     assert_same(results(ours), results(theirs))
 
 
-def test_parametrization_is_computed_once_a_forward(device):
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0", "bias_hh_l1"])
+def test_parametrization_is_computed_once_a_forward(name, device):
     class Counted(torch.nn.Module):
         calls = 0
 
@@ -162,7 +163,7 @@ def test_parametrization_is_computed_once_a_forward(device):
             return 2 * weight
 
     _, ours = both(device)
-    torch.nn.utils.parametrize.register_parametrization(ours, "weight_hh_l0", Counted())
+    torch.nn.utils.parametrize.register_parametrization(ours, name, Counted())
     before = Counted.calls
     ours(randn(4, 2, 3, device=device))
     assert Counted.calls == before + 1

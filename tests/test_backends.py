@@ -1,0 +1,211 @@
+"""Which backend runs a case, and why."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from raising import error_of
+
+import fused_lstm
+from fused_lstm import BACKENDS, BackendChoice, _backends, select_backend
+
+CASE = {"dtype": torch.float32, "hidden_size": 64, "batch_size": 8}
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+UNKNOWN = "should be one of " + ", ".join(repr(name) for name in ("auto", *BACKENDS)) + ", got 'cudnn'"
+
+
+@pytest.fixture
+def compiled_kernels(monkeypatch):
+    """As on a machine whose kernels are compiled: they run on CUDA tensors only."""
+    from fused_lstm.kernels import interpretation
+
+    monkeypatch.setattr(interpretation, "INTERPRETED", False)
+
+
+@pytest.fixture
+def no_triton(monkeypatch):
+    """As on a machine without Triton: importing the kernels fails."""
+    for name in list(sys.modules):
+        if name.startswith("fused_lstm.kernels"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(fused_lstm, "kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+
+
+def test_names():
+    assert BACKENDS == ("stepwise", "torch", "reference")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_automatic_plain_cell_is_torch(dtype, device):
+    choice = select_backend(**{**CASE, "dtype": dtype}, device=device)
+    assert choice.name == "torch"
+    if device == "cuda":
+        assert choice.reason == f"cuDNN: no measurement yet says that ours is faster for H=64, N=8 in {dtype}"
+    else:
+        assert choice.reason == f"torch's own kernels, on {device}"
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.parametrize(
+    ("reason", "options"),
+    [
+        ("torch.nn.LSTM takes no lengths (pack the sequence, or use another backend)", {"lengths": True}),
+        ("torch.compile cannot trace torch.nn.LSTM", {"compiling": True}),
+    ],
+)
+def test_automatic_where_torch_cannot(reason, options):
+    on_cuda = select_backend(**CASE, **options, device="cuda")
+    assert on_cuda == BackendChoice("stepwise", f"torch's own cannot: {reason}")
+    on_cpu = select_backend(**CASE, **options, device="cpu")
+    expected = f"torch's own cannot: {reason}; Triton's kernels need a CUDA device"
+    assert on_cpu == BackendChoice("reference", expected)
+
+
+@pytest.mark.usefixtures("no_triton")
+def test_automatic_without_triton():
+    """auto never fails where another backend could serve."""
+    assert select_backend(**CASE, lengths=True, device="cuda").name == "reference"
+    kind, message = error_of(select_backend, "stepwise", **CASE, device="cuda")
+    assert kind is ValueError
+    assert message.startswith("backend 'stepwise' cannot run this: it needs Triton, and importing that failed: ")
+
+
+def test_interpreted_kernels_run_anywhere(monkeypatch):
+    from fused_lstm.kernels import interpretation
+
+    monkeypatch.setattr(interpretation, "INTERPRETED", True)
+    assert select_backend("stepwise", **CASE, device="cpu").name == "stepwise"
+    assert select_backend(**CASE, lengths=True, device="cpu").name == "reference"  # but nobody asks for that
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_argument_over_variable_over_rule(name, monkeypatch, device):
+    assert select_backend(name, **CASE, device=device) == BackendChoice(name, "asked for by backend=")
+    monkeypatch.setenv("FUSED_LSTM_BACKEND", name)
+    assert select_backend(**CASE, device=device) == BackendChoice(name, "asked for by FUSED_LSTM_BACKEND")
+    assert select_backend("auto", **CASE, device=device).name == name
+    for other in BACKENDS:
+        assert select_backend(other, **CASE, device=device) == BackendChoice(other, "asked for by backend=")
+    monkeypatch.setenv("FUSED_LSTM_BACKEND", "auto")
+    assert select_backend(**CASE, device="cpu") == BackendChoice("torch", "torch's own kernels, on cpu")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_variable_reaches_every_door(name, monkeypatch, device):
+    """LSTM, LSTMCell, lstm_layer and lstm_cell all ask it, at each call."""
+    asked = []
+    select = _backends.select_backend
+
+    def spy(*args, **kwargs):
+        choice = select(*args, **kwargs)
+        asked.append(choice.name)
+        return choice
+
+    monkeypatch.setattr("fused_lstm.functional.select_backend", spy)
+    monkeypatch.setenv("FUSED_LSTM_BACKEND", name)
+    module, cell = fused_lstm.LSTM(3, 4, device=device), fused_lstm.LSTMCell(3, 4, device=device)
+    x, state = torch.zeros(5, 2, 3, device=device), (torch.zeros(2, 4, device=device),) * 2
+    module(x)
+    cell(x[0])
+    fused_lstm.lstm_layer(x, state, *module.parameters())
+    fused_lstm.lstm_cell(x[0], state, *cell.parameters())
+    assert set(asked) == {name}
+    assert len(asked) >= 4
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.parametrize(
+    ("name", "options", "obstacle"),
+    [
+        ("torch", {"lengths": True}, "torch.nn.LSTM takes no lengths (pack the sequence, or use another backend)"),
+        ("torch", {"compiling": True}, "torch.compile cannot trace torch.nn.LSTM"),
+        (
+            "stepwise",
+            {},
+            "it needs a CUDA device, and the input is on cpu "
+            "(for a test without a GPU, set TRITON_INTERPRET=1 before the first import)",
+        ),
+        (
+            "reference",
+            {"dtype": torch.int64},
+            "it computes in torch.float64, torch.float32, torch.float16, torch.bfloat16, got torch.int64",
+        ),
+        (
+            "stepwise",
+            {"dtype": torch.complex64},
+            "it computes in torch.float64, torch.float32, torch.float16, torch.bfloat16, got torch.complex64",
+        ),
+    ],
+)
+def test_what_was_asked_for_cannot_run(name, options, obstacle, monkeypatch):
+    expected = (ValueError, f"backend {name!r} cannot run this: {obstacle}")
+    assert error_of(select_backend, name, **{**CASE, **options}, device="cpu") == expected
+    monkeypatch.setenv("FUSED_LSTM_BACKEND", name)
+    assert error_of(select_backend, **{**CASE, **options}, device="cpu") == expected
+
+
+def test_lengths_on_the_torch_backend(device):
+    module = fused_lstm.LSTM(3, 4, backend="torch", device=device)
+    expected = (
+        "backend 'torch' cannot run this: torch.nn.LSTM takes no lengths (pack the sequence, or use another backend)"
+    )
+    x, lengths = torch.zeros(5, 2, 3, device=device), torch.tensor([5, 2], device=device)
+    assert error_of(module, x, lengths=lengths) == (ValueError, expected)
+
+
+def test_autocast_decides_the_dtype(device, monkeypatch):
+    """What is selected for is the dtype that autocast casts to."""
+    asked = []
+    select = _backends.select_backend
+    monkeypatch.setattr(
+        "fused_lstm.functional.select_backend", lambda *a, **k: (asked.append(k["dtype"]), select(*a, **k))[1]
+    )
+    for dtype in (torch.float32, torch.float64):
+        module = fused_lstm.LSTM(3, 4, dtype=dtype, backend="reference", device=device)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            module(torch.zeros(5, 2, 3, dtype=dtype, device=device))
+    assert asked == [torch.bfloat16, torch.float64]
+
+
+def test_unknown_backend():
+    expected = (ValueError, f"backend {UNKNOWN}")
+    x, state = torch.zeros(5, 2, 3), (torch.zeros(2, 4), torch.zeros(2, 4))
+    assert error_of(select_backend, "cudnn", **CASE, device="cpu") == expected
+    assert error_of(fused_lstm.LSTM, 3, 4, backend="cudnn") == expected
+    assert error_of(fused_lstm.LSTMCell, 3, 4, backend="cudnn") == expected
+    weights = list(fused_lstm.LSTM(3, 4).parameters())
+    assert error_of(fused_lstm.lstm_layer, x, state, *weights, backend="cudnn") == expected
+    assert error_of(fused_lstm.lstm_cell, x[0], state, *weights, backend="cudnn") == expected
+    module = fused_lstm.LSTM(3, 4)
+    module.backend = "cudnn"
+    assert error_of(module, x) == expected
+
+
+def test_unknown_backend_in_the_environment(monkeypatch):
+    monkeypatch.setenv("FUSED_LSTM_BACKEND", "cudnn")
+    expected = (ValueError, f"FUSED_LSTM_BACKEND {UNKNOWN}")
+    assert error_of(select_backend, **CASE, device="cpu") == expected
+    assert error_of(fused_lstm.LSTM(3, 4), torch.zeros(5, 2, 3)) == expected
+    assert select_backend("reference", **CASE, device="cpu").name == "reference"
+
+
+STEPWISE_ON_CPU = """
+import torch, fused_lstm
+for call, x in (fused_lstm.LSTM, torch.zeros(2, 1, 3)), (fused_lstm.LSTMCell, torch.zeros(1, 3)):
+    try:
+        call(3, 4, backend="stepwise")(x)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_stepwise_needs_a_gpu_or_the_interpreter():
+    """In a process of its own, whose kernels are not interpreted."""
+    command = [sys.executable, "-P", "-c", STEPWISE_ON_CPU]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+    message = "backend 'stepwise' cannot run this: it needs a CUDA device, and the input is on cpu "
+    message += "(for a test without a GPU, set TRITON_INTERPRET=1 before the first import)"
+    assert done.stdout.splitlines() == [message, message]
