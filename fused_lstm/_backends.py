@@ -90,9 +90,10 @@ def _automatic(case: _Case) -> BackendChoice:
         no_torch = "it takes float16 on few CPUs"
     if no_torch is None:
         return BackendChoice("torch", f"torch's own kernels, on {case.device.type}")
-    if case.device.type == "cuda" and _stepwise_obstacle(case) is None:
+    no_stepwise = _stepwise_obstacle(case) if case.device.type == "cuda" else "Triton's kernels need a CUDA device"
+    if no_stepwise is None:
         return BackendChoice("stepwise", f"torch's own cannot: {no_torch}")
-    return BackendChoice("reference", f"torch's own cannot: {no_torch}; Triton's kernels need a CUDA device")
+    return BackendChoice("reference", f"torch's own cannot: {no_torch}; nor stepwise: {no_stepwise}")
 
 
 # For each backend: why it cannot run a case, or None if it can.
