@@ -5,19 +5,18 @@ from torch import Tensor
 
 from fused_lstm import _ops, reference
 
-_FIRST_OPTION = 8  # forward's arguments: eight tensors that can have a gradient, then lengths, reverse, backend
+_FIRST_OPTION = 8  # forward's arguments: eight tensors that can have a gradient, then lengths and the options
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, reverse, backend):
-        return _ops.layer_forward(
-            input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, reverse, backend, save=True
-        )
+    def forward(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, reverse, backend, recompute):
+        tensors = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths)
+        return _ops.layer_forward(*tensors, reverse, backend, save=True, recompute=recompute)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, reverse, backend = inputs
+        *tensors, reverse, backend, _recompute = inputs
         out, _h_n, _c_n, gates, c = output
         ctx.mark_non_differentiable(gates, c)
         ctx.save_for_backward(*tensors, out, gates, c)
@@ -33,11 +32,11 @@ class _Layer(torch.autograd.Function):
             grads = _differentiable_backward(tensors, lengths, ctx.reverse, d_results, needs)
         else:
             grads = _fused_backward(ctx, tensors, lengths, d_results, needs, (output, gates, c))
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 def _fused_backward(ctx, tensors, lengths, d_results, needs, saved):
-    input, h0, _c0, weight_ih, weight_hh, _bias_ih, _bias_hh, weight_hr = tensors
+    input, h0, _c0, *weights = tensors
     need_input, need_h0, need_c0, need_weight_ih, need_weight_hh, need_bias_ih, need_bias_hh, need_weight_hr = needs
     wanted = [
         need_input,
@@ -48,9 +47,7 @@ def _fused_backward(ctx, tensors, lengths, d_results, needs, saved):
         need_bias_ih or need_bias_hh,
         need_weight_hr,
     ]
-    grads = _ops.layer_backward(
-        *d_results, input, h0, weight_ih, weight_hh, weight_hr, lengths, *saved, ctx.reverse, ctx.backend, wanted
-    )
+    grads = _ops.layer_backward(*d_results, input, h0, *weights, lengths, *saved, ctx.reverse, ctx.backend, wanted)
     d_input, d_h0, d_c0, d_weight_ih, d_weight_hh, d_bias, d_weight_hr = grads
     # both biases stand in the same sum, so theirs is one gradient
     ordered = (d_input, d_h0, d_c0, d_weight_ih, d_weight_hh, d_bias, d_bias, d_weight_hr)
@@ -88,10 +85,11 @@ def layer(
     lengths: Tensor | None,
     reverse: bool,
     backend: str,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `fused_lstm.reference.lstm_layer`, on backend "stepwise" or "reference"; all tensors are of one dtype."""
+    """As `fused_lstm.reference.lstm_layer`, on backend (not "torch"); all tensors are of one dtype."""
     arguments = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, reverse, backend)
     differentiable = any(tensor is not None and tensor.requires_grad for tensor in arguments[:_FIRST_OPTION])
     if torch.is_grad_enabled() and differentiable:
-        return _Layer.apply(*arguments)[:3]
-    return _ops.layer_forward(*arguments, save=False)[:3]
+        return _Layer.apply(*arguments, recompute)[:3]
+    return _ops.layer_forward(*arguments, save=False, recompute=False)[:3]

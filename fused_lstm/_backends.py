@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-BACKENDS = ("stepwise", "torch", "reference")
+from fused_lstm._precision import tf32_allowed
+
 ENVIRONMENT_VARIABLE = "FUSED_LSTM_BACKEND"
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -25,6 +26,17 @@ def check_backend_name(backend: str, source: str = "backend") -> None:
         raise ValueError(f"{source} should be one of {expected}, got {backend!r}")
 
 
+class _Case(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype
+    hidden_size: int
+    batch_size: int
+    projection: bool
+    lengths: bool
+    recompute: bool
+    compiling: bool
+
+
 def select_backend(
     backend: str = "auto",
     *,
@@ -32,7 +44,9 @@ def select_backend(
     dtype: torch.dtype,
     hidden_size: int,
     batch_size: int,
+    projection: bool = False,
     lengths: bool = False,
+    recompute: bool = False,
     compiling: bool = False,
 ) -> BackendChoice:
     """The backend that a layer would run on.
@@ -44,56 +58,87 @@ def select_backend(
         device, dtype: of the input (under autocast, the dtype it casts to)
         hidden_size: H, units of the layer
         batch_size: N, rows of the batch
+        projection: is there a weight_hr?
         lengths: is there a length a row?
+        recompute: are the gates not to be kept for the backward?
         compiling: under torch.compile?
 
     Raises:
         ValueError: the name is unknown, or the backend that was asked for cannot run the case; it says why
     """
     check_backend_name(backend)
-    device = torch.device(device)
+    case = _Case(torch.device(device), dtype, hidden_size, batch_size, projection, lengths, recompute, compiling)
     source = "asked for by backend="
     if backend == "auto":
         backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
         check_backend_name(backend, ENVIRONMENT_VARIABLE)
         source = f"asked for by {ENVIRONMENT_VARIABLE}"
-    if backend != "auto":
-        obstacle = _obstacle(backend, device, dtype, lengths, compiling)
-        if obstacle is not None:
-            raise ValueError(f"backend {backend!r} cannot run this: {obstacle}")
-        return BackendChoice(backend, source)
-    return _automatic(device, dtype, hidden_size, batch_size, lengths, compiling)
+    if backend == "auto":
+        return _automatic(case)
+    obstacle = _OBSTACLES[backend](case)
+    if obstacle is not None:
+        raise ValueError(f"backend {backend!r} cannot run this: {obstacle}")
+    return BackendChoice(backend, source)
 
 
-def _automatic(
-    device: torch.device, dtype: torch.dtype, hidden_size: int, batch_size: int, lengths: bool, compiling: bool
-) -> BackendChoice:
-    no_torch = _obstacle("torch", device, dtype, lengths, compiling)
+def _automatic(case: _Case) -> BackendChoice:
+    no_torch = _torch_obstacle(case)
+    if no_torch is None and case.device.type == "cuda":
+        sizes = f"H={case.hidden_size}, N={case.batch_size} in {case.dtype}"
+        return BackendChoice("torch", f"cuDNN: no measurement yet says that ours is faster for {sizes}")
+    if no_torch is None and (case.device.type, case.dtype) == ("cpu", torch.float16):
+        no_torch = "it takes float16 on few CPUs"
     if no_torch is None:
-        if device.type == "cuda":
-            return BackendChoice(
-                "torch",
-                f"cuDNN: no measurement yet says that ours is faster for H={hidden_size}, N={batch_size} in {dtype}",
-            )
-        return BackendChoice("torch", f"torch's own kernels, on {device.type}")
-    if _obstacle("stepwise", device, dtype, lengths, compiling) is None and device.type == "cuda":
+        return BackendChoice("torch", f"torch's own kernels, on {case.device.type}")
+    no_stepwise = _stepwise_obstacle(case) if case.device.type == "cuda" else "Triton's kernels need a CUDA device"
+    if no_stepwise is None:
         return BackendChoice("stepwise", f"torch's own cannot: {no_torch}")
-    return BackendChoice("reference", f"torch's own cannot: {no_torch}; Triton's kernels need a CUDA device")
+    return BackendChoice("reference", f"torch's own cannot: {no_torch}; nor stepwise: {no_stepwise}")
 
 
-def _obstacle(backend: str, device: torch.device, dtype: torch.dtype, lengths: bool, compiling: bool) -> str | None:
-    """Why backend cannot run the case, or None if it can."""
-    if backend == "torch":
-        if lengths:
-            return "torch.nn.LSTM takes no lengths (pack the sequence, or use another backend)"
-        if compiling:
-            return "torch.compile cannot trace torch.nn.LSTM"
-        return None
-    if dtype not in _DTYPES:
-        return f"it computes in {', '.join(str(d) for d in _DTYPES)}, got {dtype}"
-    if backend == "stepwise":
-        return _triton_obstacle(device)
+# For each backend: why it cannot run a case, or None if it can.
+
+
+def _torch_obstacle(case: _Case) -> str | None:
+    if case.lengths:
+        return "torch.nn.LSTM takes no lengths (pack the sequence, or use another backend)"
+    if case.recompute:
+        return "torch.nn.LSTM keeps the gates for its backward"
+    if case.compiling:
+        return "torch.compile cannot trace torch.nn.LSTM"
     return None
+
+
+def _reference_obstacle(case: _Case) -> str | None:
+    if case.dtype not in _DTYPES:
+        return f"it computes in {', '.join(str(dtype) for dtype in _DTYPES)}, got {case.dtype}"
+    return None
+
+
+def _stepwise_obstacle(case: _Case) -> str | None:
+    return _reference_obstacle(case) or _triton_obstacle(case.device)
+
+
+def _persistent_obstacle(case: _Case) -> str | None:
+    obstacle = _stepwise_obstacle(case)
+    if obstacle is not None:
+        return obstacle
+    from fused_lstm.kernels import persistent_launch
+
+    if case.projection:
+        return "it knows no projection"
+    if case.dtype == torch.float32 and case.device.type == "cuda" and not tf32_allowed():
+        return "it multiplies float32 in TF32, which torch.backends.cudnn.rnn.fp32_precision does not allow"
+    return persistent_launch.obstacle(case.device, case.dtype, case.hidden_size, case.batch_size)
+
+
+_OBSTACLES = {
+    "persistent": _persistent_obstacle,
+    "stepwise": _stepwise_obstacle,
+    "torch": _torch_obstacle,
+    "reference": _reference_obstacle,
+}
+BACKENDS = tuple(_OBSTACLES)
 
 
 def _triton_obstacle(device: torch.device) -> str | None:

@@ -26,16 +26,21 @@ def check_two_states(hx: tuple[Tensor, ...], function: str) -> None:
         raise RuntimeError(f"{function} expects two hidden states")
 
 
-def select_layer_backend(backend: str, input: Tensor, hidden_size: int, batch_size: int, lengths: bool) -> str:
-    """The backend's name for a layer on input (·, ·, I) or packed (·, I)."""
+def select_layer_backend(backend: str, input: Tensor, hidden_size: int, batch_size: int, **features: bool) -> str:
+    """The backend's name for a layer on input (·, ·, I) or packed (·, I); features as `select_backend` names them.
+
+    Under torch.compile the decision is left to the operators, lest the graph depend on the sizes: "auto" stays "auto".
+    """
+    if torch.compiler.is_compiling() and backend != "torch":
+        return backend
     return select_backend(
         backend,
         device=input.device,
         dtype=_autocast_dtype(input),
         hidden_size=hidden_size,
         batch_size=batch_size,
-        lengths=lengths,
         compiling=torch.compiler.is_compiling(),
+        **features,
     ).name
 
 
@@ -47,6 +52,7 @@ def run_layer(
     ragged: Ragged | None,
     reverse: bool,
     backend: str,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer and direction, checked already.
 
@@ -55,7 +61,7 @@ def run_layer(
         h0: (N, P)
         c0: (N, H)
         weights: weight_ih, weight_hh, bias_ih, bias_hh, weight_hr; None for each that is not there
-        backend: "stepwise" or "reference"
+        backend: one of `fused_lstm.BACKENDS` but "torch", or "auto"
 
     Returns:
         output (T, N, P), zero past each end; h_n (N, P); c_n (N, H)
@@ -63,10 +69,10 @@ def run_layer(
     dtype = _autocast_dtype(input)
     input, h0, c0, *weights = (None if tensor is None else tensor.to(dtype) for tensor in (input, h0, c0, *weights))
     if ragged is None:
-        return _autograd.layer(input, h0, c0, *weights, None, reverse, backend)
+        return _autograd.layer(input, h0, c0, *weights, None, reverse, backend, recompute)
     if reverse:
         input = ragged.mirror(input)
-    output, h_n, c_n = _autograd.layer(input, h0, c0, *weights, ragged.lengths, False, backend)
+    output, h_n, c_n = _autograd.layer(input, h0, c0, *weights, ragged.lengths, False, backend, recompute)
     output = ragged.clear(output)
     return ragged.mirror(output) if reverse else output, h_n, c_n
 
@@ -115,6 +121,7 @@ def lstm_layer(
     *,
     lengths: Tensor | None = None,
     reverse: bool = False,
+    recompute: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One LSTM layer, one direction, over a whole sequence.
@@ -128,6 +135,7 @@ def lstm_layer(
         weight_hr: (P, H), projects h, or None
         lengths: (N,) int32 or int64, 1 <= length <= T: the steps of each row; the rest of input is padding
         reverse: walk from each row's last step to its first
+        recompute: keep h and c only for the backward, which computes the gates again, for all steps in one product
         backend: "auto", or one of `fused_lstm.BACKENDS`
 
     Returns:
@@ -151,11 +159,19 @@ def lstm_layer(
         check_lengths(lengths, input.size(1), input.size(0))
         ragged = Ragged.from_lengths(lengths, input.size(0), input.device)
         input = ragged.clear(input)
-    name = select_layer_backend(backend, input, weight_ih.size(0) // 4, input.size(1), lengths is not None)
+    name = select_layer_backend(
+        backend,
+        input,
+        weight_ih.size(0) // 4,
+        input.size(1),
+        projection=weight_hr is not None,
+        lengths=lengths is not None,
+        recompute=recompute,
+    )
     if name == "torch":
         output, h_n, c_n = _torch_layer(input, h0, c0, weights, reverse)
     else:
-        output, h_n, c_n = run_layer(input, h0, c0, weights, ragged, reverse, name)
+        output, h_n, c_n = run_layer(input, h0, c0, weights, ragged, reverse, name, recompute)
     return output, (h_n, c_n)
 
 
@@ -208,7 +224,7 @@ def lstm_cell(
     Raises:
         RuntimeError, ValueError: sizes, dtypes or devices that do not fit; a backend that cannot run the case
     """
-    name = select_layer_backend(backend, input, w_ih.size(0) // 4, input.size(0), False)
+    name = select_layer_backend(backend, input, w_ih.size(0) // 4, input.size(0))
     if name == "torch":
         return torch.lstm_cell(input, hx, w_ih, w_hh, *_none_or_both(w_ih, b_ih, b_hh))
     if input.dim() != 2:
@@ -216,5 +232,5 @@ def lstm_cell(
     check_two_states(hx, "lstm_cell")
     h, c = hx
     _check_sizes(input, h, c, w_ih, w_hh, b_ih, b_hh, None)
-    _, h, c = run_layer(input[None], h, c, (w_ih, w_hh, b_ih, b_hh, None), None, False, name)
+    _, h, c = run_layer(input[None], h, c, (w_ih, w_hh, b_ih, b_hh, None), None, False, name, False)
     return h, c

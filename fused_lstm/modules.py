@@ -18,6 +18,8 @@ class LSTM(torch.nn.LSTM):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype:
             as torch.nn.LSTM's
+        recompute: keep h and c only for the backward, which computes the gates again, for all steps in one product:
+            6 bytes per step, row and unit in a 2-byte dtype instead of 14
         backend: "auto", which also listens to the environment variable FUSED_LSTM_BACKEND, or one of
             `fused_lstm.BACKENDS`
 
@@ -37,14 +39,16 @@ class LSTM(torch.nn.LSTM):
             for a backend that cannot run the case, which says why
     """
 
-    def __init__(self, *args, backend: str = "auto", **kwargs) -> None:
+    def __init__(self, *args, recompute: bool = False, backend: str = "auto", **kwargs) -> None:
         check_backend_name(backend)
         let_dynamo_trace(LSTM)
         super().__init__(*args, **kwargs)
+        self.recompute = recompute
         self.backend = backend
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _extra_repr(self)
+        recompute = ", recompute=True" if self.recompute else ""
+        return super().extra_repr() + recompute + _extra_repr(self)
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
@@ -65,7 +69,15 @@ class LSTM(torch.nn.LSTM):
         self._check_lengths(input, lengths, batch_size)
         if not data.dtype.is_floating_point:  # no backend takes it: torch says so in terms of the weights
             self._check_input(data, data.dim(), self._layer_weights(self._all_weights[0])[0])
-        name = select_layer_backend(self.backend, data, self.hidden_size, batch_size, lengths is not None)
+        name = select_layer_backend(
+            self.backend,
+            data,
+            self.hidden_size,
+            batch_size,
+            projection=self.proj_size > 0,
+            lengths=lengths is not None,
+            recompute=self.recompute,
+        )
         if name == "torch":
             return super().forward(input, hx)
         if hx is not None:
@@ -179,7 +191,8 @@ class LSTM(torch.nn.LSTM):
         directions = 2 if self.bidirectional else 1
         h_n, c_n = [], []
         for index, layer in enumerate(weights):
-            output, h, c = run_layer(input, h0[index], c0[index], layer, ragged, index % directions == 1, backend)
+            reverse = index % directions == 1
+            output, h, c = run_layer(input, h0[index], c0[index], layer, ragged, reverse, backend, self.recompute)
             h_n.append(h)
             c_n.append(c)
             if directions == 2:
@@ -235,7 +248,7 @@ class LSTMCell(torch.nn.LSTMCell):
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         batch_size = input.size(0) if input.dim() == 2 else 1
-        name = select_layer_backend(self.backend, input, self.hidden_size, batch_size, False)
+        name = select_layer_backend(self.backend, input, self.hidden_size, batch_size)
         if name == "torch":
             return super().forward(input, hx)
         if hx is None:

@@ -121,7 +121,8 @@ def recurrence_forward(
     c_prev.copy_(c0)
     for t in reversed(range(steps)) if reverse else range(steps):
         c_next = c[(t if reverse else t + 1) if save else 0]
-        pre = gates[t].addmm_(h_prev, weight_hh.t()).to(dtype)
+        # not addmm_: a CPU's product accumulates onto its addend term by term, and rounds each time at the sum's size
+        pre = gates[t].add_(h_prev @ weight_hh.t()).to(dtype)
         i, f = pre[:, : 2 * hidden_size].sigmoid_().chunk(2, dim=1)
         g = pre[:, 2 * hidden_size : 3 * hidden_size].tanh_()
         o = pre[:, 3 * hidden_size :].sigmoid_()
@@ -195,6 +196,6 @@ def recurrence_backward(
         d_o.copy_(d_hidden * tanh_c * o * (1 - o))
         d_c = d_c * f
         before = t + 1 if reverse else t - 1
-        # not addmm_: a CPU's product accumulates onto its addend term by term, and rounds each time at the sum's size
+        # not addmm_, as in the forward
         (d_h_all[before] if 0 <= before < steps else d_h0).add_(d_gates[t] @ weight_hh)
     return d_gates, d_h0, d_c, None if weight_hr is None else d_h_all, hidden_all

@@ -1,13 +1,16 @@
 """What the persistent kernels' launchers share: which device, how the grid is cut, and the cooperative launch."""
 
 import functools
+import inspect
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from fused_lstm.kernels.interpretation import INTERPRETED
-from fused_lstm.kernels.persistent_configs import Device, PersistentConfig, persistent_config
+from fused_lstm.kernels.persistent_configs import Device, DoesNotFit, PersistentConfig, persistent_config
 
 # The interpreter has no multiprocessors to run out of.
 INTERPRETER = Device("Triton's interpreter", 90, 1_000_000, 232_448)
@@ -19,8 +22,24 @@ def config_for(tensor: Tensor, hidden_size: int, batch_size: int) -> PersistentC
     Raises:
         DoesNotFit: no grid fits the device at once
     """
-    device = INTERPRETER if INTERPRETED else _device(tensor.device.index)
-    return persistent_config(device, tensor.element_size(), hidden_size, batch_size)
+    return persistent_config(_device(tensor.device), tensor.element_size(), hidden_size, batch_size)
+
+
+def obstacle(device: torch.device, dtype: torch.dtype, hidden_size: int, batch_size: int) -> str | None:
+    """Why a layer's steps cannot run in one launch on device, or None if they can."""
+    if dtype == torch.float64:
+        return "its products are the matrix units', which take no float64"
+    if "disable_licm" not in inspect.signature(tl.range).parameters:
+        return f"it needs Triton 3.4 or newer, got {triton.__version__}"
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "there is no CUDA device"
+    try:
+        config = persistent_config(_device(device), dtype.itemsize, hidden_size, batch_size)
+    except DoesNotFit as reason:
+        return str(reason)
+    if INTERPRETED and config.programs > 1:
+        return f"Triton's interpreter runs one program after another, and {config.programs} would wait for each other"
+    return None
 
 
 def is_masked(config: PersistentConfig, hidden_size: int, batch_size: int) -> bool:
@@ -28,8 +47,14 @@ def is_masked(config: PersistentConfig, hidden_size: int, batch_size: int) -> bo
     return batch_size % config.rows != 0 or hidden_size != config.units * config.programs
 
 
+def _device(device: torch.device) -> Device:
+    if INTERPRETED:
+        return INTERPRETER
+    return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
+
+
 @functools.cache
-def _device(index: int) -> Device:
+def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     return Device(
         properties.name,

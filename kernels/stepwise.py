@@ -124,6 +124,11 @@ def _step_launcher(kernel, tensors: list[Tensor | None], sizes: tuple[int, int],
     return lambda *indices: launch(*tensors, *indices, *sizes, *constants.values(), stream=stream)
 
 
+def _accumulate_on_cpu(c: Tensor, a: Tensor, b: Tensor) -> None:
+    """c += a b. A CPU's addmm_ rounds after each term at the size of the sum; cuBLAS adds c once, as this does."""
+    c.add_(a @ b)
+
+
 def recurrence_forward(
     gates: Tensor,
     h0: Tensor,
@@ -146,9 +151,10 @@ def recurrence_forward(
     gate_steps, output_steps = gates.unbind(0), output.unbind(0)
     weight_hh_t = weight_hh.t()
     weight_hr_t, hidden_step = (None, None) if weight_hr is None else (weight_hr.t(), hidden[0])
+    accumulate = Tensor.addmm_ if gates.is_cuda else _accumulate_on_cpu
     h_prev = h0
     for t in order:
-        gate_steps[t].addmm_(h_prev, weight_hh_t)
+        accumulate(gate_steps[t], h_prev, weight_hh_t)
         c_from, c_to = ((t + 1, t) if reverse else (t, t + 1)) if save else (0, 0)
         launch(t, c_from, c_to, t if weight_hr is None else 0)
         h_prev = output_steps[t]
@@ -219,8 +225,9 @@ def recurrence_backward(
     d_h0 = gates.new_zeros(batch_size, weight_hh.size(1))
     d_h_steps = d_output.unbind(0)
     d_h_before = [*d_h_steps[1:], d_h0] if reverse else [d_h0, *d_h_steps[:-1]]
+    accumulate = Tensor.addmm_ if gates.is_cuda else _accumulate_on_cpu
     for t in order:
         torch.mm(d_h_steps[t], weight_hr, out=d_h)
         launch(t, *((t + 1, t) if reverse else (t, t + 1)))
-        d_h_before[t].addmm_(d_gate_steps[t], weight_hh)
+        accumulate(d_h_before[t], d_gate_steps[t], weight_hh)
     return d_gates, d_h0, d_c, d_output, hidden

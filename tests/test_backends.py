@@ -34,13 +34,17 @@ def no_triton(monkeypatch):
 
 
 def test_names():
-    assert BACKENDS == ("stepwise", "torch", "reference")
+    assert BACKENDS == ("persistent", "stepwise", "torch", "reference")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_automatic_plain_cell_is_torch(dtype, device):
     choice = select_backend(**{**CASE, "dtype": dtype}, device=device)
+    if (dtype, device) == (torch.float16, "cpu"):
+        reason = "torch's own cannot: it takes float16 on few CPUs; nor stepwise: Triton's kernels need a CUDA device"
+        assert choice == BackendChoice("reference", reason)
+        return
     assert choice.name == "torch"
     if device == "cuda":
         assert choice.reason == f"cuDNN: no measurement yet says that ours is faster for H=64, N=8 in {dtype}"
@@ -53,6 +57,7 @@ def test_automatic_plain_cell_is_torch(dtype, device):
     ("reason", "options"),
     [
         ("torch.nn.LSTM takes no lengths (pack the sequence, or use another backend)", {"lengths": True}),
+        ("torch.nn.LSTM keeps the gates for its backward", {"recompute": True}),
         ("torch.compile cannot trace torch.nn.LSTM", {"compiling": True}),
     ],
 )
@@ -60,7 +65,7 @@ def test_automatic_where_torch_cannot(reason, options):
     on_cuda = select_backend(**CASE, **options, device="cuda")
     assert on_cuda == BackendChoice("stepwise", f"torch's own cannot: {reason}")
     on_cpu = select_backend(**CASE, **options, device="cpu")
-    expected = f"torch's own cannot: {reason}; Triton's kernels need a CUDA device"
+    expected = f"torch's own cannot: {reason}; nor stepwise: Triton's kernels need a CUDA device"
     assert on_cpu == BackendChoice("reference", expected)
 
 
@@ -116,11 +121,72 @@ def test_variable_reaches_every_door(name, monkeypatch, device):
     assert len(asked) >= 4
 
 
+@pytest.fixture
+def h100(monkeypatch):
+    """As on a machine with an H100 and compiled kernels."""
+    from fused_lstm.kernels import persistent_launch
+    from fused_lstm.kernels.persistent_configs import KNOWN_DEVICES
+
+    monkeypatch.setattr(persistent_launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(persistent_launch, "_cuda_device", lambda _index: KNOWN_DEVICES["h100"])
+
+
+@pytest.mark.usefixtures("compiled_kernels", "h100")
+@pytest.mark.parametrize(
+    ("options", "obstacle"),
+    [
+        ({}, None),
+        ({"lengths": True, "recompute": True, "compiling": True}, None),
+        ({"dtype": torch.bfloat16, "hidden_size": 1024}, None),
+        ({"dtype": torch.float64}, "its products are the matrix units', which take no float64"),
+        ({"projection": True}, "it knows no projection"),
+        ({"hidden_size": 1024}, "256 KB of W_hh a program are more than a block of H100 has"),
+    ],
+)
+def test_persistent_on_an_h100(options, obstacle):
+    case = {**CASE, **options, "device": "cuda:0"}
+    if obstacle is None:
+        assert select_backend("persistent", **case).name == "persistent"
+    else:
+        expected = (ValueError, f"backend 'persistent' cannot run this: {obstacle}")
+        assert error_of(select_backend, "persistent", **case) == expected
+
+
+@pytest.mark.usefixtures("compiled_kernels", "h100")
+def test_persistent_float32_needs_tf32(monkeypatch):
+    monkeypatch.setattr(_backends, "tf32_allowed", lambda: False)
+    kind, message = error_of(select_backend, "persistent", **CASE, device="cuda:0")
+    assert kind is ValueError
+    assert message.endswith("TF32, which torch.backends.cudnn.rnn.fp32_precision does not allow")
+    assert select_backend("persistent", **{**CASE, "dtype": torch.bfloat16}, device="cuda:0").name == "persistent"
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+def test_persistent_without_a_device(monkeypatch):
+    from fused_lstm.kernels import persistent_launch
+
+    monkeypatch.setattr(persistent_launch, "INTERPRETED", False)
+    expected = (ValueError, "backend 'persistent' cannot run this: there is no CUDA device")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert error_of(select_backend, "persistent", **CASE, device="cuda") == expected
+
+
+@pytest.mark.interpreter
+def test_interpreted_programs_that_wait_for_each_other():
+    expected = (
+        "backend 'persistent' cannot run this: Triton's interpreter runs one program after another, "
+        "and 8 would wait for each other"
+    )
+    assert error_of(select_backend, "persistent", **{**CASE, "hidden_size": 65}, device="cpu") == (ValueError, expected)
+
+
 @pytest.mark.usefixtures("compiled_kernels")
 @pytest.mark.parametrize(
     ("name", "options", "obstacle"),
     [
         ("torch", {"lengths": True}, "torch.nn.LSTM takes no lengths (pack the sequence, or use another backend)"),
+        ("torch", {"recompute": True}, "torch.nn.LSTM keeps the gates for its backward"),
         ("torch", {"compiling": True}, "torch.compile cannot trace torch.nn.LSTM"),
         (
             "stepwise",

@@ -60,7 +60,7 @@ def test_initialisation(options, device):
 def test_positional_arguments(device):
     given = (3, 5, 2, False, True, 0.5, True, 2, device, torch.float64)
     theirs, ours = torch.nn.LSTM(*given), fused_lstm.LSTM(*given)
-    assert vars(ours).keys() - vars(theirs).keys() == {"backend"}
+    assert vars(ours).keys() - vars(theirs).keys() == {"backend", "recompute"}
     for name in torch.nn.LSTM.__constants__:
         assert getattr(ours, name) == getattr(theirs, name)
     assert [(n, p.shape, p.dtype) for n, p in ours.named_parameters()] == [

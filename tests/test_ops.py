@@ -16,27 +16,27 @@ STEPS, ROWS, INPUT, HIDDEN, PROJECTED = 3, 2, 4, 5, 3
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "stepwise"])
 
 
-def forward_arguments(device, backend, projection=False, biases=(True, True), lengths=False, reverse=False, save=True):
+def forward_arguments(
+    device, backend, projection=False, biases=(True, True), lengths=False, reverse=False, save=True, recompute=False
+):
     size = PROJECTED if projection else HIDDEN
     shapes = [(STEPS, ROWS, INPUT), (ROWS, size), (ROWS, HIDDEN), (4 * HIDDEN, INPUT), (4 * HIDDEN, size)]
     shapes += [(4 * HIDDEN,) if there else None for there in biases]
     shapes += [(PROJECTED, HIDDEN) if projection else None]
     tensors = [None if s is None else randn(*s, seed=i, device=device) for i, s in enumerate(shapes)]
     tensors.append(torch.tensor([2, 3], device=device) if lengths else None)
-    return (*tensors, reverse, backend, save)
+    return (*tensors, reverse, backend, save, recompute)
 
 
 def backward_arguments(forward, there=(True, True, True), needs=(True,) * 7):
-    input, h0, _c0, weight_ih, weight_hh, _b, _b, weight_hr, lengths, reverse, backend, _ = forward
+    input, h0, _c0, *weights, lengths, reverse, backend, _save, _recompute = forward
     output, h_n, c_n, gates, c = _ops.layer_forward(*forward)
     d_results = [torch.ones_like(r) if given else None for r, given in zip((output, h_n, c_n), there, strict=True)]
     return (
         *d_results,
         input,
         h0,
-        weight_ih,
-        weight_hh,
-        weight_hr,
+        *weights,
         lengths,
         output,
         gates,
@@ -57,7 +57,9 @@ CASES = {
     "projection": {"projection": True},
     "lengths": {"lengths": True},
     "lengths_no_save": {"lengths": True, "save": False},
-    "all": {"projection": True, "lengths": True, "biases": (False, False)},
+    "recompute": {"recompute": True},
+    "recompute_reverse_no_bias": {"recompute": True, "reverse": True, "biases": (False, False)},
+    "all": {"projection": True, "lengths": True, "biases": (False, False), "recompute": True},
 }
 
 
@@ -83,6 +85,18 @@ def test_opcheck_backward_of_a_subset(there, backend, device):
 
 
 @BACKENDS
+@pytest.mark.parametrize(
+    "case", [c for c in CASES.values() if c.get("save", True)], ids=[c for c in CASES if "save" not in c]
+)
+def test_recomputed_gates_give_the_same_gradients(case, backend, device):
+    keep, again = (forward_arguments(device, backend, **{**case, "recompute": r}) for r in (False, True))
+    assert _ops.layer_forward(*again)[3].numel() == 0
+    expected = _ops.layer_backward(*backward_arguments(keep))
+    for gradient, same in zip(_ops.layer_backward(*backward_arguments(again)), expected, strict=True):
+        assert_same_float64(gradient, same)
+
+
+@BACKENDS
 @pytest.mark.parametrize("wanted", range(7))
 def test_only_wanted_gradients(wanted, backend, device):
     """What is not asked for comes back empty, and what is asked for does not depend on the rest."""
@@ -105,7 +119,7 @@ def test_what_is_saved(dtype, backend, device):
     assert c.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert gates.shape == (STEPS, ROWS, 4 * HIDDEN)
     assert c.shape == (STEPS + 1, ROWS, HIDDEN)
-    assert [t.numel() for t in _ops.layer_forward(*arguments[:-1], False)[3:]] == [0, 0]
+    assert [t.numel() for t in _ops.layer_forward(*arguments[:-2], False, False)[3:]] == [0, 0]
 
 
 def saved_bytes(layer) -> int:
@@ -122,15 +136,19 @@ def saved_bytes(layer) -> int:
 
 
 @BACKENDS
-@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, 8 + 4 + 2), (torch.float32, 16 + 4 + 4)], ids=str)
-def test_bytes_saved_a_unit(dtype, expected, backend, device):
+@pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
+@pytest.mark.parametrize(("dtype", "gates", "rest"), [(torch.bfloat16, 8, 4 + 2), (torch.float32, 16, 4 + 4)], ids=str)
+def test_bytes_saved_a_unit(dtype, gates, rest, recompute, backend, device):
     """As the operator's docstring says: gates, c and output, per (step, row, unit)."""
+    expected = rest if recompute else gates + rest
 
     def saved(steps):
         weights = [randn(4 * 64, size, dtype=dtype, device=device, requires_grad=True) for size in (1, 64)]
         state = [torch.zeros(2, 64, dtype=dtype, device=device) for _ in range(2)]
         input = randn(steps, 2, 1, dtype=dtype, device=device)
-        return saved_bytes(lambda: lstm_layer(input, state, *weights, backend=backend)) - input.nbytes
+        return (
+            saved_bytes(lambda: lstm_layer(input, state, *weights, recompute=recompute, backend=backend)) - input.nbytes
+        )
 
     assert saved(5) - saved(3) == 2 * 2 * 64 * expected
 
@@ -159,6 +177,7 @@ def launches(monkeypatch):
         return launch
 
     monkeypatch.setattr(stepwise, "_step_launcher", launcher)
+    monkeypatch.setattr(stepwise, "_accumulate_on_cpu", torch.Tensor.addmm_)  # what a GPU is asked for
     return counted
 
 
