@@ -41,6 +41,8 @@ class LSTM(torch.nn.LSTM):
 
     def __init__(self, *args, recompute: bool = False, backend: str = "auto", **kwargs) -> None:
         check_backend_name(backend)
+        if not isinstance(recompute, bool):
+            raise TypeError(f"recompute should be of type bool, got: {type(recompute).__name__}")
         let_dynamo_trace(LSTM)
         super().__init__(*args, **kwargs)
         self.recompute = recompute

@@ -54,3 +54,8 @@ def test_recompute_is_shown_and_kept(tmp_path):
     torch.save(module, tmp_path / "module.pt")
     assert torch.load(tmp_path / "module.pt", weights_only=False).recompute
     assert fused_lstm.convert(torch.nn.LSTM(3, 4), recompute=True).recompute
+
+
+def test_recompute_is_a_bool():
+    with pytest.raises(TypeError, match="recompute should be of type bool, got: int"):
+        fused_lstm.LSTM(3, 4, recompute=1)
