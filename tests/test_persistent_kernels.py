@@ -12,21 +12,17 @@ from tolerance import assert_as_accurate
 from fused_lstm import reference
 from fused_lstm.kernels import persistent, persistent_backward, persistent_forward, persistent_launch
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
 
 
 @pytest.fixture
-def grids(monkeypatch, device):
-    """The grids that were launched; without a GPU their programs run side by side, for at most a minute."""
+def grids(monkeypatch):
+    """The grids that were launched, their programs side by side, for at most a minute."""
     launched = []
-    real_launch = persistent_launch.launch
 
     def launch(kernel, config, tensors, sizes, constants):
         launched.append((config.programs, config.batch_tiles))
-        if device == "cpu":
-            launch_concurrently(kernel, (*launched[-1], 1), *tensors, *sizes, **constants)
-        else:
-            real_launch(kernel, config, tensors, sizes, constants)
+        launch_concurrently(kernel, (*launched[-1], 1), *tensors, *sizes, **constants)
 
     monkeypatch.setattr(persistent_launch, "launch", launch)
     return launched
@@ -77,8 +73,7 @@ def check(inputs, lengths=None, reverse=False, with_d_output=True):
 )
 def test_matches_the_reference(steps, batch_size, hidden_size, expected, grids, device):
     check(make_inputs(steps, batch_size, hidden_size, torch.float32, device))
-    if device == "cpu":
-        assert grids == [expected, expected]
+    assert grids == [expected, expected]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -164,7 +159,6 @@ def short_patience(monkeypatch):
     monkeypatch.setattr(persistent_launch, "launch", launch)
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("direction", ["forward", "backward d_gates", "backward partial sums"])
 @pytest.mark.usefixtures("grids", "late_program")
 def test_a_missing_wait_shows(direction, monkeypatch):
@@ -178,7 +172,6 @@ def test_a_missing_wait_shows(direction, monkeypatch):
         check(inputs)
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("direction", ["forward", "backward d_gates", "backward partial sums"])
 @pytest.mark.usefixtures("short_patience")
 def test_a_missing_arrival_is_a_deadlock(direction, monkeypatch):
@@ -192,7 +185,6 @@ def test_a_missing_arrival_is_a_deadlock(direction, monkeypatch):
         check(inputs)
 
 
-@pytest.mark.interpreter
 def test_the_interpreter_alone_refuses_programs_that_wait(device):
     (gates, h0, c0, weight_hh, *_), _ = make_inputs(2, 2, 100, torch.float32, device)
     with pytest.raises(RuntimeError, match="one program after another"):
