@@ -40,6 +40,8 @@ class Tagger(torch.nn.Module):
 
 
 OPTIONS = {"backend", "recompute"}  # what convert adds
+# what ours have beside what torch's have
+OPTIONS = vars(fused_lstm.LSTM(1, 1)).keys() - vars(torch.nn.LSTM(1, 1)).keys()
 SWAPPED = ["encoder", "layers.0", "layers.1", "inner.block.1"]
 
 
@@ -95,6 +97,14 @@ def test_everywhere(device):
 def test_default_option(device):
     model = convert(build(device))
     assert model.encoder.backend == model.cell.backend == "auto"
+
+
+def test_option_that_cells_lack(device):
+    """It reaches the LSTMs only."""
+    model = convert(build(device), recompute=True)
+    assert all(model.get_submodule(name).recompute for name in SWAPPED)
+    assert "recompute" not in vars(model.cell)
+    assert vars(convert(torch.nn.LSTMCell(3, 4), recompute=True)).keys() & OPTIONS == {"backend"}
 
 
 @pytest.mark.parametrize("options", [{}, {"proj_size": 2, "bidirectional": True}, {"bias": False, "batch_first": True}])
