@@ -3,6 +3,7 @@
 import os
 import platform
 import traceback
+from typing import Annotated
 
 import torch
 import typer
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fused_lstm
+from fused_lstm.bench.errors import UserError
 from fused_lstm.bench.machine import describe_machine, triton_version
 from fused_lstm.bench.measure import last_line
 
@@ -28,12 +30,28 @@ _CASES = {
 _SIZES = {"hidden_size": 512, "batch_size": 16}
 
 
-def doctor() -> None:
+# Sizes whose persistent grid is shown: H by N.
+_GRID_HIDDEN_SIZES = (64, 128, 256, 512, 650, 768, 1024, 1150, 1536)
+_GRID_BATCH_SIZES = (1, 16, 64, 128)
+
+
+def doctor(
+    device_name: Annotated[
+        str | None, typer.Option(help=f"Show the persistent kernels' grids on {', '.join(fused_lstm.KNOWN_DEVICES)}.")
+    ] = None,
+) -> None:
     """Say what is installed, whether Triton works, and which backend a layer would get here, and why.
 
     The exit code is 1 where there is a CUDA device on which Triton's kernels do not run.
     """
     console = Console(highlight=False, markup=False)
+    if device_name is not None:
+        if device_name not in fused_lstm.KNOWN_DEVICES:
+            raise UserError(
+                f"no device is called {device_name!r}", f"name one of {', '.join(fused_lstm.KNOWN_DEVICES)}"
+            )
+        _print_grids(console, fused_lstm.KNOWN_DEVICES[device_name])
+        return
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     console.print(_versions(devices))
     working = [_print_triton(console, device) for device in devices]
@@ -41,6 +59,8 @@ def doctor() -> None:
         console.print("No CUDA device here: Triton's kernels can run in its interpreter only, for tests.")
     for device in (*devices, torch.device("cpu")):
         console.print(_choices(device))
+    for device in devices:
+        _print_grids(console, fused_lstm.cuda_device(device.index))
     if not all(working):
         raise typer.Exit(1)
 
@@ -110,3 +130,33 @@ def _choices(device: torch.device) -> Table:
     for (backend, why), names in inputs.items():
         table.add_row(backend, "\n".join(names), why, end_section=True)
     return table
+
+
+def _print_grids(console: Console, device: fused_lstm.Device) -> None:
+    console.print(
+        f"{device.name}: {device.multiprocessors} multiprocessors, {device.shared_memory // 1024} KB of shared memory "
+        "a block. The persistent kernels' grid, programs by batch tiles of so many rows, where it fits at once:"
+    )
+    for name, element_size in (("bfloat16, float16", 2), ("float32 (TF32)", 4)):
+        table = Table(title=name, title_justify="left", box=box.SIMPLE_HEAD)
+        for column in ("H", "N", "grid", "rows", "K in chunks", "h at once", "shared KB", "or why not"):
+            table.add_column(column)
+        for hidden_size in _GRID_HIDDEN_SIZES:
+            for batch_size in _GRID_BATCH_SIZES:
+                table.add_row(str(hidden_size), str(batch_size), *_grid(device, element_size, hidden_size, batch_size))
+        console.print(table)
+
+
+def _grid(device: fused_lstm.Device, element_size: int, hidden_size: int, batch_size: int) -> list[str]:
+    try:
+        config = fused_lstm.persistent_config(device, element_size, hidden_size, batch_size)
+    except fused_lstm.DoesNotFit as reason:
+        return ["", "", "", "", "", str(reason)]
+    return [
+        f"{config.programs} x {config.batch_tiles}",
+        str(config.rows),
+        " + ".join(map(str, config.backward_k)),
+        "yes" if config.at_once else "no",
+        str(config.shared_memory // 1024),
+        "",
+    ]

@@ -1,6 +1,5 @@
 """What the persistent kernels' launchers share: which device, how the grid is cut, and the cooperative launch."""
 
-import functools
 import inspect
 from typing import Any
 
@@ -9,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_lstm.kernels.devices import Device, cuda_device
 from fused_lstm.kernels.interpretation import INTERPRETED
-from fused_lstm.kernels.persistent_configs import Device, DoesNotFit, PersistentConfig, persistent_config
+from fused_lstm.kernels.persistent_configs import DoesNotFit, PersistentConfig, persistent_config
 
 # The interpreter has no multiprocessors to run out of.
 INTERPRETER = Device("Triton's interpreter", 90, 1_000_000, 232_448)
@@ -50,18 +50,7 @@ def is_masked(config: PersistentConfig, hidden_size: int, batch_size: int) -> bo
 def _device(device: torch.device) -> Device:
     if INTERPRETED:
         return INTERPRETER
-    return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
-
-
-@functools.cache
-def _cuda_device(index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
-    return Device(
-        properties.name,
-        10 * properties.major + properties.minor,
-        properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
-    )
+    return cuda_device(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def launch(

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 from fused_lstm.kernels import stepwise
 from fused_lstm.kernels.configs import pointwise_config
+from fused_lstm.kernels.devices import KNOWN_DEVICES
 from fused_lstm.kernels.persistent_backward import backward_kernel, backward_tiling
-from fused_lstm.kernels.persistent_configs import KNOWN_DEVICES, DoesNotFit, PersistentConfig, persistent_config
+from fused_lstm.kernels.persistent_configs import DoesNotFit, PersistentConfig, persistent_config
 from fused_lstm.kernels.persistent_forward import forward_kernel, forward_tiling
 from fused_lstm.kernels.persistent_launch import is_masked
 from fused_lstm.kernels.resources import Case

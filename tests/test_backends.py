@@ -125,11 +125,11 @@ def test_variable_reaches_every_door(name, monkeypatch, device):
 def h100(monkeypatch):
     """As on a machine with an H100 and compiled kernels."""
     from fused_lstm.kernels import persistent_launch
-    from fused_lstm.kernels.persistent_configs import KNOWN_DEVICES
+    from fused_lstm.kernels.devices import KNOWN_DEVICES
 
     monkeypatch.setattr(persistent_launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(persistent_launch, "_cuda_device", lambda _index: KNOWN_DEVICES["h100"])
+    monkeypatch.setattr(persistent_launch, "cuda_device", lambda _index: KNOWN_DEVICES["h100"])
 
 
 @pytest.mark.usefixtures("compiled_kernels", "h100")

@@ -72,6 +72,8 @@ def pretend_gpu(monkeypatch, failure):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(module, "describe_machine", lambda device: describe("cpu") | facts | {"device": str(device)})
     monkeypatch.setattr(module, "_failure", lambda _: failure)
+    device = fused_lstm.Device("Pretence", 90, 7, 232_448)
+    monkeypatch.setattr(fused_lstm, "cuda_device", lambda index: [device][index])
 
 
 def test_working_kernels_on_a_gpu(monkeypatch, capsys):
@@ -82,6 +84,7 @@ def test_working_kernels_on_a_gpu(monkeypatch, capsys):
     assert any(line.startswith("cuda:0 Pretence, 16 GiB, 7 multiprocessors") for line in lines)
     assert "backend='auto' on cuda:0, H=512, N=16" in lines
     assert "backend='auto' on cpu, H=512, N=16" in lines
+    assert any(line.startswith("Pretence: 7 multiprocessors, 227 KB of shared memory a block.") for line in lines)
 
 
 def test_broken_kernels_on_a_gpu_exit_with_1(monkeypatch, capsys):
@@ -101,3 +104,21 @@ def test_the_trial_runs_the_kernels(device, monkeypatch):
     assert module._failure(device) == "a gradient is nan% off torch's"
     monkeypatch.setattr(fused_lstm.LSTM, "forward", lambda *_: 1 / 0)
     assert module._failure(device) == "ZeroDivisionError: division by zero"
+
+
+def test_the_grids_of_a_named_device(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["doctor", "--device-name", "h100"]) == 0
+    lines = lines_of(capsys.readouterr().out)
+    assert lines[0].startswith("H100: 132 multiprocessors, 227 KB of shared memory a block.")
+    assert "512 16 32 x 1 16 512 yes 80" in lines
+    assert "1024 128 64 x 2 64 512 + 512 no 192" in lines
+    assert "1024 16 256 KB of W_hh a program are more than a block of H100 has" in lines  # in float32
+
+
+def test_an_unknown_device_name(capsys):
+    assert main(["doctor", "--device-name", "voodoo2"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "'voodoo2'" in error
+    assert "h100" in error

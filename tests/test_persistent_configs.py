@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from fused_lstm.kernels.persistent_configs import KNOWN_DEVICES, DoesNotFit, persistent_config, starts
+from fused_lstm.kernels.devices import KNOWN_DEVICES
+from fused_lstm.kernels.persistent_configs import DoesNotFit, persistent_config, starts
 
 
 @pytest.mark.parametrize(
