@@ -45,8 +45,11 @@ def test_import_takes_torch_alone():
     """No Triton, no CUDA, no dynamo, none of the command's libraries; and the CPU backends work without them."""
     names = python(IMPORT_ONLY).split()
     assert "fused_lstm.modules" in names
-    for unwanted in ("torch._dynamo", "torch._inductor", "fused_lstm.kernels", "fused_lstm.bench"):
+    for unwanted in ("torch._dynamo", "torch._inductor", "fused_lstm.bench"):
         assert not [name for name in names if name == unwanted or name.startswith(unwanted + ".")]
+    assert {name for name in names if name.startswith("fused_lstm.kernels.")} <= {
+        f"fused_lstm.{rule}" for rule in RULES
+    }
 
 
 def test_kernels_take_triton_only_when_asked():
@@ -115,8 +118,8 @@ def test_direction_in_the_library(name):
 @pytest.mark.parametrize("name", sorted(KERNEL_USERS))
 def test_kernels_are_imported_inside_functions(name):
     tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
-    at_the_top = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
-    assert not [node for node in at_the_top if (node.module or "").startswith("fused_lstm.kernels")]
+    at_the_top = [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert not [name for name in at_the_top if within(name, ["fused_lstm.kernels"])]
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda path: path.name)
@@ -125,6 +128,13 @@ def test_kernels_import_only_kernels(path):
     assert [name for name in ours(path) if not within(name, ["kernels"])] == []
     others = {name.partition(".")[0] for name in imported(path)} - {"fused_lstm", "torch", "triton"}
     assert others <= set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_are_free_of_triton(name):
+    names = imported(KERNELS / f"{name.rpartition('.')[2]}.py")
+    assert "triton" not in {found.partition(".")[0] for found in names}
+    assert [found for found in names if within(found, ["fused_lstm"]) and not within(found, RULES)] == []
 
 
 def test_activations_and_configurations_come_first():
