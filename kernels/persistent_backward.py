@@ -21,7 +21,7 @@ from fused_lstm.kernels.persistent_forward import load_gates, product, store_gat
 from fused_lstm.kernels.synchronization import arrive, wait
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps", "batch_size"])  # one compilation serves every length and batch
 def backward_kernel(
     d_output_ptr,  # (T, N, H), or unused
     d_h_n_ptr,  # (N, H) float32: what arrives from behind the last step; d_h0 on return

@@ -85,7 +85,7 @@ def product(w, ptrs, K_SIZES: tl.constexpr, K_STARTS: tl.constexpr, AT_ONCE: tl.
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps", "batch_size"])  # one compilation serves every length and batch
 def forward_kernel(
     gates_ptr,  # (T, N, 4H): the input product; the activated gates on return, if SAVE
     weight_ptr,  # (4H, H)

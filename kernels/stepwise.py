@@ -18,7 +18,7 @@ from fused_lstm.kernels.configs import pointwise_config
 from fused_lstm.kernels.interpretation import INTERPRETED
 
 
-@triton.jit(do_not_specialize=["step", "c_from", "c_to", "h_to"])
+@triton.jit(do_not_specialize=["step", "c_from", "c_to", "h_to", "batch_size"])
 def cell_forward_kernel(
     gates_ptr,  # (T, N, 4H): before the activations; after them on return, if SAVE
     c_ptr,  # (., N, H), float32 or float64: read at c_from, written at c_to, which may be the same
@@ -53,7 +53,7 @@ def cell_forward_kernel(
         tl.store(gate_ptrs + 3 * hidden_size, o, mask=mask)
 
 
-@triton.jit(do_not_specialize=["step", "c_from", "c_to"])
+@triton.jit(do_not_specialize=["step", "c_from", "c_to", "batch_size"])
 def cell_backward_kernel(
     d_output_ptr,  # (T, N, H), or unused
     d_h_ptr,  # (N, H): what arrives from the step after

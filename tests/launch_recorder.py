@@ -1,7 +1,8 @@
 """A Triton driver without a GPU: kernels are compiled for sm_90 for real, and every launch is recorded, not run.
 
-Run as a script it prints, as JSON, what the stepwise backend launches for one small layer. Each launch is the kernel's
-name, its grid, its stream, and its arguments by name, a tensor as [shape, dtype, address].
+Run as a script it prints, as JSON, what the stepwise backend launches for one small layer, and the persistent one for
+several lengths and batches on an H100. Each launch is the kernel's name, its grid, its stream, whether it is
+cooperative, and its arguments by name, a tensor as [shape, dtype, address].
 """
 
 import json
@@ -21,8 +22,9 @@ class Recorder:
 
     launches: list = []  # noqa: RUF012
 
-    def __init__(self, src, _metadata):
+    def __init__(self, src, metadata):
         self.kernel = src.fn
+        self.cooperative = metadata.launch_cooperative_grid
 
     def __call__(self, *args):
         *grid, stream, _function, _packed, _metadata, _enter, _exit = args[:9]
@@ -30,7 +32,8 @@ class Recorder:
             name: [list(arg.shape), str(arg.dtype), arg.data_ptr()] if isinstance(arg, torch.Tensor) else arg
             for name, arg in zip(self.kernel.arg_names, args[9:], strict=True)
         }
-        self.launches.append({"kernel": self.kernel.__name__, "grid": grid, "stream": stream, "arguments": arguments})
+        launch = {"kernel": self.kernel.__name__, "grid": grid, "stream": stream, "arguments": arguments}
+        self.launches.append({**launch, "cooperative": self.cooperative})
 
 
 class _Utils:
@@ -59,9 +62,7 @@ class _Stream:
     cuda_stream = STREAM
 
 
-def main() -> None:
-    driver.set_active(_Driver())
-    torch.cuda.current_stream = lambda _device=None: _Stream()
+def record_stepwise() -> dict:
     from fused_lstm.kernels import stepwise
 
     steps, batch_size, hidden_size = 3, 2, 160
@@ -74,7 +75,33 @@ def main() -> None:
     d_gates, *_ = stepwise.recurrence_backward(output, None, state, gates, c, weight_hh, None, lengths, reverse=False)
     addresses = {"gates": gates.data_ptr(), "c": c.data_ptr(), "output": output.data_ptr()}
     addresses |= {"d_gates": d_gates.data_ptr(), "lengths": lengths.data_ptr()}
-    print(json.dumps({"launches": Recorder.launches, "addresses": addresses}))
+    return {"launches": Recorder.launches.copy(), "addresses": addresses}
+
+
+def record_persistent() -> dict:
+    from fused_lstm.kernels import persistent, persistent_launch
+    from fused_lstm.kernels.devices import KNOWN_DEVICES
+    from fused_lstm.kernels.persistent_backward import backward_kernel
+    from fused_lstm.kernels.persistent_forward import forward_kernel
+
+    persistent_launch.cuda_device = lambda _index: KNOWN_DEVICES["h100"]
+    torch.cuda.current_device = lambda: 0
+    Recorder.launches.clear()
+    hidden_size = 128
+    weight_hh = torch.zeros(4 * hidden_size, hidden_size, dtype=torch.bfloat16)
+    for steps, batch_size in ((1, 1), (2, 3), (16, 15), (17, 1)):  # ragged tiles all
+        gates = torch.zeros(steps, batch_size, 4 * hidden_size, dtype=torch.bfloat16)
+        state = torch.zeros(batch_size, hidden_size, dtype=torch.bfloat16)
+        output, c = persistent.recurrence_forward(gates, state, state, weight_hh, None, False, True)
+        persistent.recurrence_backward(output, None, state, gates, c, weight_hh, None, None, False)
+    compilations = [sum(len(c[0]) for c in k.device_caches.values()) for k in (forward_kernel, backward_kernel)]
+    return {"launches": Recorder.launches.copy(), "compilations": compilations}
+
+
+def main() -> None:
+    driver.set_active(_Driver())
+    torch.cuda.current_stream = lambda _device=None: _Stream()
+    print(json.dumps({"stepwise": record_stepwise(), "persistent": record_persistent()}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the stepwise backend hands to the GPU's driver, launch by launch, without a GPU."""
+"""What the backends hand to the GPU's driver, launch by launch, without a GPU."""
 
 import json
 import subprocess
@@ -18,8 +18,8 @@ def recorded():
 
 
 def test_forward_walks_the_steps_with_one_launch_each(recorded):
-    launches = [launch for launch in recorded["launches"] if launch["kernel"] == "cell_forward_kernel"]
-    addresses = recorded["addresses"]
+    launches = [launch for launch in recorded["stepwise"]["launches"] if launch["kernel"] == "cell_forward_kernel"]
+    addresses = recorded["stepwise"]["addresses"]
     assert len(launches) == STEPS
     for step, launch in zip((2, 1, 0), launches, strict=True):  # reverse
         assert launch["grid"] == [BATCH_SIZE, 2, 1]  # 160 units are two blocks
@@ -40,8 +40,8 @@ def test_forward_walks_the_steps_with_one_launch_each(recorded):
 
 
 def test_backward_walks_back_with_one_launch_each(recorded):
-    launches = [launch for launch in recorded["launches"] if launch["kernel"] == "cell_backward_kernel"]
-    addresses = recorded["addresses"]
+    launches = [launch for launch in recorded["stepwise"]["launches"] if launch["kernel"] == "cell_backward_kernel"]
+    addresses = recorded["stepwise"]["addresses"]
     assert len(launches) == STEPS
     for step, launch in zip((2, 1, 0), launches, strict=True):
         arguments = launch["arguments"]
@@ -54,3 +54,20 @@ def test_backward_walks_back_with_one_launch_each(recorded):
         assert arguments["d_c_n_ptr"][:2] == [[BATCH_SIZE, HIDDEN_SIZE], "torch.float32"]
         flags = [arguments[name] for name in ("HAS_D_OUTPUT", "HAS_LENGTHS", "HAS_PROJECTION", "BLOCK")]
         assert flags == [True, True, False, BLOCK]
+
+
+def test_nothing_of_the_stepwise_backend_is_cooperative(recorded):
+    assert not any(launch["cooperative"] for launch in recorded["stepwise"]["launches"])
+
+
+def test_persistent_is_one_cooperative_launch_each_way(recorded):
+    launches = recorded["persistent"]["launches"]
+    assert [launch["kernel"] for launch in launches] == ["forward_kernel", "backward_kernel"] * 4
+    assert all(launch["cooperative"] for launch in launches)
+    assert all(launch["grid"] == [8, 1, 1] for launch in launches)  # 128 units, 16 a program; 16 rows a tile
+    sizes = [(launch["arguments"]["steps"], launch["arguments"]["batch_size"]) for launch in launches]
+    assert sizes == [size for size in ((1, 1), (2, 3), (16, 15), (17, 1)) for _ in range(2)]
+
+
+def test_length_and_batch_compile_nothing_new(recorded):
+    assert recorded["persistent"]["compilations"] == [1, 1]
