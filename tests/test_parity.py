@@ -108,15 +108,6 @@ def test_no_rows(two_layers, batch_first, bidirectional, backend, device):
     assert [state.shape for state in actual[1]] == [state.shape for state in expected[1]]
 
 
-@pytest.fixture
-def single_addition(device, monkeypatch):
-    """Let addmm_ form the product first and add it once, as cuBLAS does; a CPU's accumulates it onto the addend term by
-    term, and rounds each time at the sum's size."""
-    if device == "cpu":
-        monkeypatch.setattr(torch.Tensor, "addmm_", lambda self, a, b: self.add_(a @ b))
-
-
-@pytest.mark.usefixtures("single_addition")
 @pytest.mark.parametrize("backend", ["reference", "stepwise"])
 @pytest.mark.parametrize("kind", ["batched", "unsorted"])
 @pytest.mark.parametrize("projection", [False, True], ids=["plain", "projection"])
