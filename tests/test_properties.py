@@ -10,7 +10,7 @@ from tolerance import assert_as_accurate, assert_same_float64
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
 # derandomize: the same examples in every run; HealthCheck: `device` is one for the whole session
-FEW = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+FEW = settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 MANY = settings(FEW, max_examples=60)
 
 
@@ -106,7 +106,7 @@ def test_lower_precision(dtype, hidden_size, bidirectional, steps, device):
 
 
 EACH_BACKEND = pytest.mark.parametrize("backend", ["reference", "stepwise"])
-INVARIANT = settings(FEW, max_examples=5)
+INVARIANT = settings(FEW, max_examples=4)
 SIZES = {"steps": st.integers(1, 4), "rows": st.integers(1, 3)}
 
 
