@@ -29,7 +29,7 @@ def convert(model: Model, *, to: str = "fused_lstm", **options: Any) -> Model:
     Args:
         model: any module; it may be an LSTM itself
         to: "fused_lstm", or "torch" to undo it
-        options: keyword arguments of `fused_lstm.LSTM` for every module swapped (`backend`); those that
+        options: keyword arguments of `fused_lstm.LSTM` for every module swapped (`recompute`, `backend`); those that
             `fused_lstm.LSTMCell` does not take reach the LSTMs only
 
     Returns:
@@ -49,7 +49,8 @@ def convert(model: Model, *, to: str = "fused_lstm", **options: Any) -> Model:
         if name not in known or to == "torch":
             raise TypeError(f"convert(to={to!r}) got an unexpected keyword argument {name!r}")
     for module_type in _THEIRS:
-        module_type(1, 1, **_taken_by(module_type, options))  # a wrong value fails here, before anything is swapped
+        # A wrong value fails here, before anything is swapped; on meta, where parameters draw no random numbers.
+        module_type(1, 1, device="meta", **_taken_by(module_type, options))
     targets = _OURS if to == "fused_lstm" else _THEIRS
     already = tuple(_THEIRS) if to == "fused_lstm" else ()  # ours are subclasses of torch's too
     swapped, left = [], []

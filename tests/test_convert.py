@@ -370,3 +370,12 @@ def test_half_of_a_model_on_meta():
         model = build("meta")
     assert type(convert(model).encoder) is fused_lstm.LSTM
     assert model.encoder.weight_hh_l0.is_meta
+
+
+def test_no_random_number_is_drawn():
+    """In the middle of a training, dropout goes on where it was."""
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    convert(torch.nn.Identity(), backend="reference")
+    assert torch.equal(torch.rand(3), expected)
