@@ -9,8 +9,9 @@ from fused_lstm._ragged import Ragged, check_lengths
 
 
 def is_autocast_enabled(device: torch.device) -> bool:
-    """Is autocast on for device? For one that it does not know, such as meta, torch's own question is an error."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    """Is autocast on for device? For meta, which it does not know, torch's own question is an error."""
+    # not torch.amp.is_autocast_available: Dynamo cannot trace it before torch 2.13
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def _autocast_dtype(input: Tensor) -> torch.dtype:
