@@ -1,9 +1,8 @@
 """torch.compile traces our modules whole: two opaque nodes a layer and direction, the same numbers."""
 
+import copy
 import pickle
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,8 +11,10 @@ from runs import randn, run, twin
 from tolerance import assert_same_float64
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
+from torch._dynamo.variables import builder
 
 import fused_lstm
+from fused_lstm._compile import let_dynamo_trace
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
@@ -208,14 +209,23 @@ def test_other_modules_compile_as_before(device):
     assert torch.compile(model, backend="eager")(torch.zeros(4, 2, INPUT, device=device))[0].shape == (4, 2, HIDDEN)
 
 
-def test_after_pickling():
-    """A module that was loaded, not made, compiles in a process of its own too."""
-    program = (
-        "import pickle, sys, torch\n"
-        "module = pickle.load(sys.stdin.buffer)\n"
-        "x = torch.zeros(4, 2, 3)\n"
-        "compiled = torch.compile(module, backend='aot_eager', fullgraph=True)\n"
-        "assert torch.equal(compiled(x)[0], module(x)[0])\n"
-    )
-    module = fused_lstm.LSTM(INPUT, HIDDEN, backend="reference")
-    subprocess.run([sys.executable, "-P", "-c", program], input=pickle.dumps(module), check=True, timeout=200)
+WAYS = {
+    "made": lambda module: fused_lstm.LSTM(INPUT, HIDDEN, device=module.weight_ih_l0.device, backend="reference"),
+    "loaded": lambda module: pickle.loads(pickle.dumps(module)),
+    "copied": copy.deepcopy,
+    "converted": lambda module: fused_lstm.convert(
+        torch.nn.LSTM(INPUT, HIDDEN, device=module.weight_ih_l0.device), backend="reference"
+    ),
+}
+
+
+@pytest.mark.parametrize("come_by", WAYS.values(), ids=WAYS)
+def test_the_first_module_of_a_process(come_by, monkeypatch, device):
+    """However one comes by it, dynamo lets it through."""
+    module = build(device, "reference")
+    let_through = builder.VariableBuilder.wrap_module
+    monkeypatch.setattr(builder.VariableBuilder, "wrap_module", let_through.__wrapped__)
+    let_dynamo_trace.cache_clear()
+    first = come_by(module)
+    x = torch.zeros(4, 2, INPUT, dtype=first.weight_ih_l0.dtype, device=device)
+    assert torch.equal(torch.compile(first, backend="eager", fullgraph=True)(x)[0], first(x)[0])

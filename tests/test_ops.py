@@ -270,12 +270,36 @@ def test_second_derivative(options, lengths, backend, device):
 
 @BACKENDS
 def test_no_autocast_inside(backend, device):
-    """The operators run in their own precision under somebody's autocast, which the caller has heeded already."""
-    arguments = forward_arguments(device, backend)
+    """The operators compute in their arguments' dtype under somebody's autocast, which the caller has heeded."""
+    arguments = [a.float() if isinstance(a, torch.Tensor) else a for a in forward_arguments(device, backend)]
     expected = _ops.layer_forward(*arguments)
     with torch.autocast(device, dtype=torch.bfloat16):
         actual = _ops.layer_forward(*arguments)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("used", range(3), ids=["output", "h_n", "c_n"])
+def test_unused_results_have_no_gradient(used, monkeypatch, device):
+    """Not one of zeros, which would cost memory and time."""
+    given = []
+    layer_backward = _ops.layer_backward
+    monkeypatch.setattr(_ops, "layer_backward", lambda *args: (given.append(args[:3]), layer_backward(*args))[1])
+    input, h_0, c_0, *weights = forward_arguments(device, "reference")[:7]
+    output, state = lstm_layer(input.requires_grad_(), (h_0, c_0), *weights, backend="reference")
+    (output, *state)[used].sum().backward()
+    assert [d is not None for d in given[0]] == [index == used for index in range(3)]
+
+
+@BACKENDS
+def test_gradients_end_at_the_layer(backend, device):
+    """With a graph of them too, where one argument was made from another: what leads there counts once."""
+    leaf, h_0, c_0, *weights = forward_arguments(device, backend)[:7]
+    leaf.requires_grad_()
+    output, (h_n, _) = lstm_layer(leaf, (leaf.sum(0)[:, :1] * h_0, leaf[0, :, :1] * c_0), *weights, backend=backend)
+    loss = (output**2).sum() + h_n.sum()
+    (expected,) = torch.autograd.grad(loss, [leaf], retain_graph=True)
+    (actual,) = torch.autograd.grad(loss, [leaf], create_graph=True)
+    assert_same_float64(actual.detach(), expected)
 
 
 def test_run_is_deterministic(device):

@@ -85,6 +85,15 @@ def test_forward(sizes, dtype, reverse, save, device):
     assert_results(lambda seed: forwards(random_inputs(sizes, dtype, device, seed), reverse, save), sizes)
 
 
+def test_gates_are_written_only_to_be_saved(device):
+    """Activated in place for a backward; else left as they were, which is less to move."""
+    gates, h0, c0, weight_hh, _ = random_inputs((3, 2, 17, None), torch.float32, device, 0)
+    for save in (True, False):
+        given = gates.clone()
+        stepwise.recurrence_forward(given, h0, c0, torch.zeros_like(weight_hh), None, False, save)
+        assert torch.equal(given, gates) is not save
+
+
 def saved_by_forward(inputs, reverse):
     """The activated gates, and c of all steps, as the backward gets them."""
     gates = inputs[0].clone()
