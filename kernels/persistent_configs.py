@@ -1,5 +1,6 @@
 """Does a layer's grid fit a device at once, and how is it cut? A pure function; each number stands with its reason."""
 
+import functools
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -38,6 +39,7 @@ class DoesNotFit(ValueError):
     """Why no grid of the persistent kernels fits the device at once."""
 
 
+@functools.lru_cache(maxsize=1024)  # asked at every call of a layer, several times
 def persistent_config(device: Device, element_size: int, hidden_size: int, batch_size: int) -> PersistentConfig:
     """The grid for a layer of hidden_size units (H) and batch_size rows (N) in a dtype of element_size bytes.
 

@@ -12,6 +12,8 @@ from fused_lstm.kernels.devices import Device, cuda_device
 from fused_lstm.kernels.interpretation import INTERPRETED
 from fused_lstm.kernels.persistent_configs import DoesNotFit, PersistentConfig, persistent_config
 
+# Triton 3.5's tl.range can be told to hoist nothing.
+_CAN_KEEP_LOOPS = "disable_licm" in inspect.signature(tl.range).parameters
 # The interpreter has no multiprocessors to run out of.
 INTERPRETER = Device("Triton's interpreter", 90, 1_000_000, 232_448)
 
@@ -29,8 +31,8 @@ def obstacle(device: torch.device, dtype: torch.dtype, hidden_size: int, batch_s
     """Why a layer's steps cannot run in one launch on device, or None if they can."""
     if dtype == torch.float64:
         return "its products are the matrix units', which take no float64"
-    if "disable_licm" not in inspect.signature(tl.range).parameters:
-        return f"it needs Triton 3.4 or newer, got {triton.__version__}"
+    if not _CAN_KEEP_LOOPS:
+        return f"it needs Triton 3.5 or newer, got {triton.__version__}"
     if not INTERPRETED and not torch.cuda.is_available():
         return "there is no CUDA device"
     try:
