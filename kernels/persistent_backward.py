@@ -1,10 +1,13 @@
 """All time steps of a layer backward in one launch: the mirror of persistent_forward.py.
 
-The product of a step, d_h^T[H, ROWS] = W^T[H, 4H] d_gates^T, is 4H long, so it is split by units into SLICES: slice s
-holds the four gates of its units. Program (s, m) of a batch tile keeps W^T's tile [OUTPUTS, 4 * units of a slice] on
-chip: rows m, columns s. It also owns some units of its own slice for the pointwise part. A step waits twice, each time
-for a few programs only: the ones of its slice, for d_gates; then the ones that computed its units' row of the product,
-for SLICES partial sums, which it adds in a fixed order.
+The product of a step, d_h^T[H, ROWS] = W^T[H, 4H] d_gates^T, is 4H long, so it is split by units into SLICES. Outputs
+lie in tiles of OUTPUTS; slice s holds the four gates of the s-th UNITS units of every tile. Program (s, m) of a batch
+tile keeps W^T's tile [OUTPUTS, 4 * units of a slice] on chip: rows m, columns s; and it owns, for the pointwise part,
+the UNITS units that lie in both. A step waits twice, each time for a few programs only: the ones of its slice, for
+d_gates; then the ones of its tile of outputs, for SLICES partial sums, which it adds in a fixed order.
+
+Who waits at a counter is who arrives there: were they others, a program that the waiting ones do not hold back could
+arrive a second time before a slow one's first, and the sum of arrivals would say what is not so.
 """
 
 from typing import Any
@@ -58,12 +61,11 @@ def backward_kernel(
     batch_tile = tl.program_id(1)
     slice_index = tile // OUTPUT_TILES
     output_tile = tile % OUTPUT_TILES
-    my_output_tile = tile * UNITS // OUTPUTS  # the tile of outputs that holds my units
     SLICE_UNITS: tl.constexpr = OUTPUT_TILES * UNITS
     K: tl.constexpr = 4 * SLICE_UNITS
     WIDTH: tl.constexpr = OUTPUT_TILES * OUTPUTS
     PROGRAMS: tl.constexpr = SLICES * OUTPUT_TILES
-    unit = tile * UNITS + tl.arange(0, UNITS)
+    unit = output_tile * OUTPUTS + slice_index * UNITS + tl.arange(0, UNITS)
     row = batch_tile * ROWS + tl.arange(0, ROWS)
     mask = None  # without one, no predicate is computed and no register cleared
     other = None
@@ -75,7 +77,8 @@ def backward_kernel(
     w = ()
     for k in tl.static_range(len(K_SIZES)):
         column = K_STARTS[k] + tl.arange(0, K_SIZES[k])  # gate by gate, within the slice
-        column_unit = slice_index * SLICE_UNITS + column % SLICE_UNITS
+        place = column % SLICE_UNITS  # among the slice's units, tile after tile
+        column_unit = place // UNITS * OUTPUTS + slice_index * UNITS + place % UNITS
         inside = (output < H)[:, None] & (column_unit < H)[None, :]
         ptrs = weight_ptr + ((column // SLICE_UNITS) * H + column_unit)[None, :] * H + output[:, None]
         w = w + (tl.load(ptrs, mask=inside, other=0.0),)  # noqa: RUF005
@@ -102,11 +105,11 @@ def backward_kernel(
     exchange_size = padded_rows * K * SLICES
     partial_slice = padded_rows * WIDTH
     x_ptrs = exchange_ptr + slice_index * padded_rows * K + row[None, :] * K
-    x_out_ptrs = x_ptrs + (unit - slice_index * SLICE_UNITS)[:, None]
+    x_out_ptrs = x_ptrs + (output_tile * UNITS + tl.arange(0, UNITS))[:, None]
     partial_out_ptrs = partial_ptr + slice_index * partial_slice + row[None, :] * WIDTH + output[:, None]
     partial_ptrs = partial_ptr + row[None, :] * WIDTH + unit[:, None]
     d_gates_counter = d_gates_counter_ptr + batch_tile * SLICES + slice_index
-    partial_counter = partial_counter_ptr + batch_tile * OUTPUT_TILES
+    partial_counter = partial_counter_ptr + batch_tile * OUTPUT_TILES + output_tile
 
     d_h = tl.load(d_h_n_ptr + state, mask=mask, other=other)
     d_c_n = tl.load(d_c_n_ptr + state, mask=mask, other=other)
@@ -160,8 +163,8 @@ def backward_kernel(
         part = product(w, x_ptrs + slot * exchange_size, K_SIZES, K_STARTS, AT_ONCE, PRECISION)
         tl.store(partial_out_ptrs + slot * SLICES * partial_slice, part)
         if PROGRAMS > 1:
-            arrive(partial_counter + output_tile)
-            wait(partial_counter + my_output_tile, SLICES * (done + 1))
+            arrive(partial_counter)
+            wait(partial_counter, SLICES * (done + 1))
         else:
             tl.debug_barrier()
         d_h = tl.zeros((UNITS, ROWS), tl.float32)

@@ -148,6 +148,27 @@ def late_program(monkeypatch):
     monkeypatch.setattr(concurrent_interpreter, "_run_program", run_late)
 
 
+@pytest.mark.usefixtures("grids")
+@pytest.mark.parametrize("slow", [1, 3, 6])
+def test_nobody_runs_ahead_of_a_slow_product(slow, monkeypatch):
+    """A program is slow between its two arrivals of a step: the faster ones' next arrivals must not count as its."""
+    run_program, product = concurrent_interpreter._run_program, persistent_backward.product
+    running = []
+
+    def run_noted(kernel, index, *rest):
+        running.append(index[0])
+        run_program(kernel, index, *rest)
+
+    def product_slowed(*args):
+        if running == [slow]:
+            time.sleep(0.5)
+        return product(*args)
+
+    monkeypatch.setattr(concurrent_interpreter, "_run_program", run_noted)
+    monkeypatch.setattr(persistent_backward, "product", product_slowed)
+    check(make_inputs(3, 13, 100, torch.float32, "cpu"))
+
+
 @pytest.fixture
 def short_patience(monkeypatch):
     """Five seconds are enough for a grid of this size that does end."""
