@@ -1,16 +1,64 @@
 """What an LSTM layer is, in plain torch operations on any device and dtype: the definition all kernels are held to.
 
-Read top to bottom. `lstm_cell` is one step, `lstm_layer` the loop over it; both are differentiable, any number of
-times. `recurrence_forward` and `recurrence_backward` compute the same with a backward written by hand: they walk
-over the time steps and leave every product that need not be in the loop (input product, weight gradients) to their
-caller. Every backend implements this pair.
+Read top to bottom. `lstm_cell` is one step, `lstm_layer` the loop over it; both are differentiable, any number of times.
 
 Shapes: T time steps, N rows of the batch, I input features, H units, P = projected features, or H without projection.
 Gates stand in torch's order: 4H = i | f | g | o.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm as normalize
+from torch.nn.functional import linear
+
+LAYER_NORMS = ("gates", "projections", "projections_cell")
+EPS = 1e-5  # of every norm
+
+
+class Parameters(NamedTuple):
+    """Of one layer and direction; None is one that is not there.
+
+    weight_ih (4H, I), weight_hh (4H, P), bias_ih, bias_hh (4H), weight_hr (P, H): torch's own; weight_hr projects h.
+    weight_ph (3H): peepholes, i | f | o.
+    norm_*: of the norms, (4H) over the gates i | f | g | o and (H) over the cell.
+    """
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None = None
+    bias_hh: Tensor | None = None
+    weight_hr: Tensor | None = None
+    weight_ph: Tensor | None = None
+    norm_gates_weight: Tensor | None = None
+    norm_gates_bias: Tensor | None = None
+    norm_ih_weight: Tensor | None = None
+    norm_ih_bias: Tensor | None = None
+    norm_hh_weight: Tensor | None = None
+    norm_hh_bias: Tensor | None = None
+    norm_cell_weight: Tensor | None = None
+    norm_cell_bias: Tensor | None = None
+
+
+class Conditions(NamedTuple):
+    """What else acts on the steps of one call; None is nothing.
+
+    reset (T, N) bool: where set, the state that enters the step is reset_h (N, P) and reset_c (N, H), which come with it.
+    recurrent_mask (N, P): a factor on the h that enters W_hh, in every step.
+    zoneout_h, zoneout_c: which elements of h (T, N, P) and of c (T, N, H) keep their old value, as bool; or, as a number,
+        the part of the old value in a mix with the new.
+    """
+
+    reset: Tensor | None = None
+    reset_h: Tensor | None = None
+    reset_c: Tensor | None = None
+    recurrent_mask: Tensor | None = None
+    zoneout_h: Tensor | float | None = None
+    zoneout_c: Tensor | float | None = None
+
+
+NOTHING = Conditions()
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -18,184 +66,116 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Layer norm over the last dimension, in x's dtype."""
+    return normalize(x, x.shape[-1:], weight.to(x.dtype), None if bias is None else bias.to(x.dtype), EPS)
+
+
+def _keep(old: Tensor, new: Tensor, zoneout: Tensor | float | None) -> Tensor:
+    if zoneout is None:
+        return new
+    if isinstance(zoneout, Tensor):
+        return torch.where(zoneout, old, new)
+    return zoneout * old + (1 - zoneout) * new
+
+
 def lstm_cell(
     input: Tensor,
     state: tuple[Tensor, Tensor],
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None = None,
-    bias_hh: Tensor | None = None,
-    weight_hr: Tensor | None = None,
+    parameters: Parameters,
+    layer_norm: str | None = None,
+    conditions: Conditions = NOTHING,
 ) -> tuple[Tensor, Tensor]:
     """One step of an LSTM.
 
     Args:
         input: (N, I)
         state: h (N, P), c (N, H)
-        weight_ih: (4H, I), rows i | f | g | o
-        weight_hh: (4H, P)
-        bias_ih, bias_hh: (4H), or None
-        weight_hr: (P, H), or None: no projection, P = H
+        layer_norm: None; "gates": each gate's sum is normalised over H; "projections": W_ih x and W_hh h are, each over
+            4H, before the biases; in both, c is normalised on its way to h; "projections_cell": as before, and the
+            normalised c is the one that goes on
+        conditions: of this step: masks without their dimension T
 
     Returns:
         the next h (N, P), in input's dtype, and c (N, H), in float32 or better
     """
-    h, c = state
-    gates = torch.nn.functional.linear(input, weight_ih, bias_ih) + torch.nn.functional.linear(h, weight_hh, bias_hh)
-    i, f, g, o = gates.to(compute_dtype(gates.dtype)).chunk(4, dim=1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    h = (o.sigmoid() * c.tanh()).to(input.dtype)
-    if weight_hr is not None:
-        h = torch.nn.functional.linear(h, weight_hr)
-    return h, c
+    h_old, c_old = state
+    dtype = compute_dtype(input.dtype)
+    c_old = c_old.to(dtype)
+    if conditions.reset is not None:
+        h_old = torch.where(conditions.reset[:, None], conditions.reset_h, h_old)
+        c_old = torch.where(conditions.reset[:, None], conditions.reset_c.to(dtype), c_old)
+    entered = h_old if conditions.recurrent_mask is None else h_old * conditions.recurrent_mask
+    p = parameters
+    if layer_norm in (None, "gates"):
+        gates = (linear(input, p.weight_ih, p.bias_ih) + linear(entered, p.weight_hh, p.bias_hh)).to(dtype)
+        i, f, g, o = gates.chunk(4, dim=1)
+        if layer_norm == "gates":
+            weights, biases = p.norm_gates_weight.chunk(4), p.norm_gates_bias.chunk(4)
+            i, f, g, o = (_norm(x, w, b) for x, w, b in zip((i, f, g, o), weights, biases, strict=True))
+    else:
+        gates = _norm(linear(input, p.weight_ih).to(dtype), p.norm_ih_weight, p.norm_ih_bias)
+        gates = gates + _norm(linear(entered, p.weight_hh).to(dtype), p.norm_hh_weight, p.norm_hh_bias)
+        for bias in (p.bias_ih, p.bias_hh):
+            gates = gates if bias is None else gates + bias.to(dtype)
+        i, f, g, o = gates.chunk(4, dim=1)
+    if p.weight_ph is not None:
+        peep_i, peep_f, peep_o = p.weight_ph.to(dtype).chunk(3)
+        i, f = i + peep_i * c_old, f + peep_f * c_old
+    c = f.sigmoid() * c_old + i.sigmoid() * g.tanh()
+    if layer_norm == "projections_cell":
+        c = _norm(c, p.norm_cell_weight, p.norm_cell_bias)
+    if p.weight_ph is not None:
+        o = o + peep_o * c
+    shown = _norm(c, p.norm_cell_weight, p.norm_cell_bias) if layer_norm in ("gates", "projections") else c
+    h = (o.sigmoid() * shown.tanh()).to(input.dtype)
+    if p.weight_hr is not None:
+        h = linear(h, p.weight_hr)
+    return _keep(h_old, h, conditions.zoneout_h), _keep(c_old, c, conditions.zoneout_c)
 
 
 def lstm_layer(
     input: Tensor,
     h0: Tensor,
     c0: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None = None,
-    bias_hh: Tensor | None = None,
-    weight_hr: Tensor | None = None,
+    parameters: Parameters,
+    layer_norm: str | None = None,
+    conditions: Conditions = NOTHING,
     lengths: Tensor | None = None,
     reverse: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer, one direction.
 
     Args:
         input: (T, N, I)
         h0: (N, P)
         c0: (N, H)
-        weight_ih, weight_hh, bias_ih, bias_hh, weight_hr: as in `lstm_cell`
+        parameters, layer_norm: as in `lstm_cell`
+        conditions: of all steps
         lengths: (N,) int64, 1 <= length <= T, or None: the final state of a row is the one after its length; what the
-            later steps put into output is the caller's to discard. Not together with reverse.
+            later steps put into the results is the caller's to discard. Not together with reverse.
         reverse: walk from the last step to the first
 
     Returns:
-        output (T, N, P), h_n (N, P), c_n (N, H), all in input's dtype
+        output (T, N, P), h_n (N, P), c_n (N, H), and c of all steps (T, N, H), all in input's dtype
     """
-    h, c = h0, c0.to(compute_dtype(c0.dtype))
+    h, c = h0, c0
     hs, cs = [], []
-    for x in reversed(input.unbind(0)) if reverse else input.unbind(0):
-        h, c = lstm_cell(x, (h, c), weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    for t in reversed(range(input.size(0))) if reverse else range(input.size(0)):
+        of_step = conditions._replace(
+            reset=None if conditions.reset is None else conditions.reset[t],
+            zoneout_h=_at(conditions.zoneout_h, t),
+            zoneout_c=_at(conditions.zoneout_c, t),
+        )
+        h, c = lstm_cell(input[t], (h, c), parameters, layer_norm, of_step)
         hs.append(h)
         cs.append(c)
-    output = torch.stack(hs[::-1] if reverse else hs)
+    output, c_all = (torch.stack(states[::-1] if reverse else states) for states in (hs, cs))
     if lengths is not None:
         rows = torch.arange(input.size(1), device=input.device)
-        h, c = output[lengths - 1, rows], torch.stack(cs)[lengths - 1, rows]
-    return output, h, c.to(input.dtype)
+        h, c = output[lengths - 1, rows], c_all[lengths - 1, rows]
+    return output, h, c.to(input.dtype), c_all.to(input.dtype)
 
 
-def recurrence_forward(
-    gates: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    weight_hh: Tensor,
-    weight_hr: Tensor | None,
-    reverse: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    """The steps of one layer, given the input product of all of them.
-
-    Args:
-        gates: (T, N, 4H), contiguous: W_ih x + b_ih + b_hh; overwritten with the activated gates
-        h0: (N, P)
-        c0: (N, H)
-        weight_hh: (4H, P)
-        weight_hr: (P, H), or None
-        reverse: walk from the last step to the first
-        save: keep c of every step, as the backward needs it
-
-    Returns:
-        output (T, N, P) in gates' dtype; c in float32 or better: (T + 1, N, H) in the order of time, c0 first (last if
-        reverse), if save, else the final one, (1, N, H)
-    """
-    steps, batch_size, hidden_size = gates.size(0), gates.size(1), gates.size(2) // 4
-    dtype = compute_dtype(gates.dtype)
-    output = gates.new_empty(steps, batch_size, h0.size(1))
-    c = gates.new_empty(steps + 1 if save else 1, batch_size, hidden_size, dtype=dtype)
-    c_prev, h_prev = c[-1 if reverse else 0], h0
-    c_prev.copy_(c0)
-    for t in reversed(range(steps)) if reverse else range(steps):
-        c_next = c[(t if reverse else t + 1) if save else 0]
-        # not addmm_: a CPU's product accumulates onto its addend term by term, and rounds each time at the sum's size
-        pre = gates[t].add_(h_prev @ weight_hh.t()).to(dtype)
-        i, f = pre[:, : 2 * hidden_size].sigmoid_().chunk(2, dim=1)
-        g = pre[:, 2 * hidden_size : 3 * hidden_size].tanh_()
-        o = pre[:, 3 * hidden_size :].sigmoid_()
-        torch.mul(f, c_prev, out=c_next).addcmul_(i, g)
-        hidden = torch.tanh(c_next).mul_(o)
-        if weight_hr is None:
-            output[t].copy_(hidden)
-        else:
-            torch.mm(hidden.to(gates.dtype), weight_hr.t(), out=output[t])
-        if pre.dtype != gates.dtype:
-            gates[t].copy_(pre)
-        h_prev, c_prev = output[t], c_next
-    return output, c
-
-
-def recurrence_backward(
-    d_output: Tensor | None,
-    d_h_n: Tensor | None,
-    d_c_n: Tensor | None,
-    gates: Tensor,
-    c: Tensor,
-    weight_hh: Tensor,
-    weight_hr: Tensor | None,
-    lengths: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The gradients of `recurrence_forward`, step by step from its end.
-
-    Args:
-        d_output: (T, N, P), or None for zeros; so are d_h_n (N, P) and d_c_n (N, H)
-        gates: (T, N, 4H), activated, as the forward left them
-        c: (T + 1, N, H), as the forward returned it
-        weight_hh: (4H, P)
-        weight_hr: (P, H), or None
-        lengths: (N,) int64, or None: where each row's h_n and c_n were taken; the caller has made d_output zero beyond
-        reverse: as in the forward
-
-    Returns:
-        d_gates (T, N, 4H), before the activations; d_h0 (N, P); d_c0 (N, H); and with weight_hr, for its gradient, the
-        whole gradient of each step's projected h (T, N, P) and the h before the projection (T, N, H), else None
-    """
-    steps, batch_size, hidden_size = gates.size(0), gates.size(1), gates.size(2) // 4
-    dtype = c.dtype
-    d_gates = torch.empty_like(gates)
-    d_h_all = gates.new_zeros(steps, batch_size, weight_hh.size(1)) if d_output is None else d_output.clone()
-    hidden_all = None if weight_hr is None else gates.new_empty(steps, batch_size, hidden_size)
-    d_c = c.new_zeros(batch_size, hidden_size)
-    rows = torch.arange(batch_size, device=gates.device)
-    last = (0 if reverse else steps - 1) if lengths is None else lengths - 1
-    if d_h_n is not None:
-        d_h_all[last, rows] += d_h_n
-    if d_c_n is not None and lengths is None:
-        d_c += d_c_n
-    d_h0 = gates.new_zeros(batch_size, weight_hh.size(1))
-    for t in range(steps) if reverse else reversed(range(steps)):
-        i, f, g, o = gates[t].to(dtype).chunk(4, dim=1)
-        c_prev, c_next = (c[t + 1], c[t]) if reverse else (c[t], c[t + 1])
-        if d_c_n is not None and lengths is not None:
-            d_c = torch.where((lengths == t + 1)[:, None], d_c + d_c_n, d_c)
-        tanh_c = c_next.tanh()
-        d_hidden = d_h_all[t]
-        if weight_hr is not None:
-            d_hidden = d_hidden @ weight_hr
-            hidden_all[t] = o * tanh_c
-        d_hidden = d_hidden.to(dtype)
-        d_c = d_c + d_hidden * o * (1 - tanh_c * tanh_c)
-        d_i, d_f, d_g, d_o = d_gates[t].chunk(4, dim=1)
-        d_i.copy_(d_c * g * i * (1 - i))
-        d_f.copy_(d_c * c_prev * f * (1 - f))
-        d_g.copy_(d_c * i * (1 - g * g))
-        d_o.copy_(d_hidden * tanh_c * o * (1 - o))
-        d_c = d_c * f
-        before = t + 1 if reverse else t - 1
-        # not addmm_, as in the forward
-        (d_h_all[before] if 0 <= before < steps else d_h0).add_(d_gates[t] @ weight_hh)
-    return d_gates, d_h0, d_c, None if weight_hr is None else d_h_all, hidden_all
+def _at(zoneout: Tensor | float | None, t: int) -> Tensor | float | None:
+    return zoneout[t] if isinstance(zoneout, Tensor) else zoneout
