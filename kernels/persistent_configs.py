@@ -9,12 +9,12 @@ from fused_lstm.kernels.devices import Device
 
 @dataclass(frozen=True)
 class PersistentConfig:
-    """How the persistent kernels of one layer and direction cut their work.
+    """How the persistent kernels of one layer cut their work.
 
     units: that a program owns; tiles: programs of a batch tile / slices; slices: parts of the backward's contraction;
-    rows: of a batch tile; forward_k, backward_k: chunks of the contraction, in order; at_once: all chunks of h are
-    loaded before the first product; hoist: what does not change over the steps may stay in registers; num_warps: of a
-    program; shared_memory: bytes that a program needs.
+    rows: of a batch tile; directions: that walk at once, in one grid; forward_k, backward_k: chunks of the contraction,
+    in order; at_once: all chunks of h are loaded before the first product; hoist: what does not change over the steps
+    may stay in registers; num_warps: of a program; shared_memory: bytes that a program needs.
     """
 
     units: int
@@ -22,6 +22,7 @@ class PersistentConfig:
     slices: int
     rows: int
     batch_tiles: int
+    directions: int
     forward_k: tuple[int, ...]
     backward_k: tuple[int, ...]
     at_once: bool
@@ -31,7 +32,7 @@ class PersistentConfig:
 
     @property
     def programs(self) -> int:
-        """Programs that wait for each other: those of one batch tile."""
+        """Programs that wait for each other: those of one batch tile in one direction."""
         return self.tiles * self.slices
 
 
@@ -40,12 +41,26 @@ class DoesNotFit(ValueError):
 
 
 @functools.lru_cache(maxsize=1024)  # asked at every call of a layer, several times
-def persistent_config(device: Device, element_size: int, hidden_size: int, batch_size: int) -> PersistentConfig:
+def persistent_config(
+    device: Device, element_size: int, hidden_size: int, batch_size: int, directions: int = 1
+) -> PersistentConfig:
     """The grid for a layer of hidden_size units (H) and batch_size rows (N) in a dtype of element_size bytes.
 
+    All directions walk in one grid where they fit, in taller batch tiles if need be: a step waits longer than it
+    computes. Else they walk one after the other, in the grid of one.
+
     Raises:
-        DoesNotFit: no grid does; its text gives the numbers
+        DoesNotFit: no grid does, for one direction; its text gives the numbers
     """
+    if directions > 1:
+        try:
+            return _config(device, element_size, hidden_size, batch_size, directions)
+        except DoesNotFit:
+            pass
+    return _config(device, element_size, hidden_size, batch_size, 1)
+
+
+def _config(device: Device, element_size: int, hidden_size: int, batch_size: int, directions: int) -> PersistentConfig:
     # 64 rows of W a program: the least that wgmma and tcgen05 multiply; forward they are 16 units by 4 gates, backward
     # 64 outputs. More would halve the programs, and with them the shared memory that W can lie in.
     units, slices, tiles = 16, 4, -(-hidden_size // 64)
@@ -58,7 +73,7 @@ def persistent_config(device: Device, element_size: int, hidden_size: int, batch
     if weights > device.shared_memory:
         raise DoesNotFit(f"{weights // 1024} KB of W_hh a program are more than a block of {device.name} has")
     # One program a multiprocessor: what it keeps in shared memory and registers leaves little beside it.
-    most = device.multiprocessors // programs
+    most = device.multiprocessors // (programs * directions)
     # Rows of a batch tile: as few as let all tiles run at once, since all h of a tile is loaded in every step.
     # 16 are the least that a product takes without waste; of more than these the registers do not hold a step.
     described = device.capability in _DESCRIBED_BYTES
@@ -86,6 +101,7 @@ def persistent_config(device: Device, element_size: int, hidden_size: int, batch
         slices=slices,
         rows=rows,
         batch_tiles=-(-batch_size // rows),
+        directions=directions,
         forward_k=forward_k,
         backward_k=backward_k,
         at_once=at_once,

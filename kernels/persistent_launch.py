@@ -18,19 +18,23 @@ _CAN_KEEP_LOOPS = "disable_licm" in inspect.signature(tl.range).parameters
 INTERPRETER = Device("Triton's interpreter", 90, 1_000_000, 232_448)
 
 
-def config_for(tensor: Tensor, hidden_size: int, batch_size: int) -> PersistentConfig:
+def config_for(tensor: Tensor, hidden_size: int, batch_size: int, directions: int = 1) -> PersistentConfig:
     """The grid for a layer on tensor's device in its dtype.
 
     Raises:
         DoesNotFit: no grid fits the device at once
     """
-    return persistent_config(_device(tensor.device), tensor.element_size(), hidden_size, batch_size)
+    return persistent_config(_device(tensor.device), tensor.element_size(), hidden_size, batch_size, directions)
 
 
-def obstacle(device: torch.device, dtype: torch.dtype, hidden_size: int, batch_size: int) -> str | None:
+def obstacle(
+    device: torch.device, dtype: torch.dtype, hidden_size: int, batch_size: int, layer_norm: str | None = None
+) -> str | None:
     """Why a layer's steps cannot run in one launch on device, or None if they can."""
     if dtype == torch.float64:
         return "its products are the matrix units', which take no float64"
+    if layer_norm is not None:
+        return "it knows no layer norm"
     if not _CAN_KEEP_LOOPS:
         return f"it needs Triton 3.5 or newer, got {triton.__version__}"
     if not INTERPRETED and not torch.cuda.is_available():
@@ -55,14 +59,30 @@ def _device(device: torch.device) -> Device:
     return cuda_device(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def in_turn(config: PersistentConfig, directions: int) -> list[slice]:
+    """Which of a walk's directions are in one launch, launch after launch."""
+    return [slice(start, start + config.directions) for start in range(0, directions, config.directions)]
+
+
+def of_directions(buffers: Any, which: slice) -> Any:
+    """A `fused_lstm.recurrence` Walk or Gradients of some of the directions: views of its buffers."""
+
+    def part(name: str, value: Any) -> Any:
+        if not isinstance(value, (Tensor, tuple)):
+            return value
+        return value[:, :, which] if name in ("output", "d_output") else value[which]
+
+    return buffers._replace(**{name: part(name, value) for name, value in buffers._asdict().items()})
+
+
 def launch(
-    kernel: Any, config: PersistentConfig, tensors: list[Tensor], sizes: tuple[int, int], constants: dict
+    kernel: Any, config: PersistentConfig, tensors: list[Tensor], sizes: tuple[int, ...], constants: dict
 ) -> None:
     """Run kernel's grid, all programs at once.
 
     Cooperatively: the driver refuses a grid that is not resident at once, rather than let it wait for ever.
     """
-    grid = (config.programs, config.batch_tiles, 1)
+    grid = (config.programs, config.batch_tiles, config.directions)
     if INTERPRETED:
         if config.programs > 1:
             raise RuntimeError("Triton's interpreter runs one program after another; these wait for each other")

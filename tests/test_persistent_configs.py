@@ -36,6 +36,38 @@ def test_how_a_grid_is_cut(device, element_size, hidden_size, batch_size, rows, 
     assert (config.at_once, config.shared_memory) == (at_once, kib * 1024)
 
 
+@pytest.mark.parametrize(
+    ("device", "hidden_size", "batch_size", "together", "rows", "batch_tiles"),
+    [
+        # by hand, in two bytes: two directions of H / 16 programs for each batch tile
+        ("a100", 512, 16, 2, 16, 1),  # 64 programs on 108 multiprocessors
+        ("a100", 768, 16, 2, 16, 1),  # 96
+        ("a100", 1024, 16, 1, 16, 1),  # two of 64 are more than there are
+        ("l40s", 512, 32, 2, 16, 2),  # 128 of 142
+        ("l40s", 512, 33, 2, 32, 2),  # three tiles would be 192
+        ("l40s", 650, 33, 1, 16, 3),  # two tiles of 32 rows would be 176, and alone three of 16 are 132
+        ("rtx4090", 512, 32, 2, 16, 2),
+        ("h100", 64, 500, 2, 16, 32),  # one program for each tile
+        ("h100", 512, 32, 2, 16, 2),
+        ("h100", 512, 64, 2, 32, 2),
+        ("h100", 512, 128, 2, 64, 2),
+        ("h100", 512, 129, 1, 64, 3),
+        ("h100", 1024, 16, 2, 16, 1),  # 128 of 132
+        ("h200", 1024, 64, 2, 64, 1),
+        ("h200", 1024, 65, 1, 64, 2),
+        ("b200", 1024, 32, 2, 32, 1),
+        ("b200", 1536, 16, 1, 16, 1),
+        ("rtx5090", 512, 32, 2, 16, 2),
+        ("rtx5090", 512, 64, 2, 32, 2),
+    ],
+)
+def test_both_directions_walk_at_once_where_they_fit(device, hidden_size, batch_size, together, rows, batch_tiles):
+    config = persistent_config(KNOWN_DEVICES[device], 2, hidden_size, batch_size, 2)
+    assert (config.directions, config.rows, config.batch_tiles) == (together, rows, batch_tiles)
+    if together == 1:
+        assert config == persistent_config(KNOWN_DEVICES[device], 2, hidden_size, batch_size)
+
+
 @pytest.mark.parametrize("hidden_size", [1, 17, 64])
 def test_a_small_layer_is_one_program(hidden_size):
     config = persistent_config(KNOWN_DEVICES["h100"], 2, hidden_size, 16)
@@ -61,16 +93,18 @@ def test_what_does_not_fit_says_why(device, element_size, hidden_size, batch_siz
 
 @pytest.mark.parametrize("device", KNOWN_DEVICES.values(), ids=KNOWN_DEVICES)
 @pytest.mark.parametrize("element_size", [2, 4])
-def test_every_grid_that_fits_holds_what_it_promises(device, element_size):
+@pytest.mark.parametrize("directions", [1, 2])
+def test_every_grid_that_fits_holds_what_it_promises(device, element_size, directions):
     fitting = 0
     for hidden_size in (1, 17, 64, 65, 100, 128, 160, 256, 500, 512, 650, 768, 1024, 1150, 1536):
         for batch_size in (1, 3, 16, 65, 128, 500):
             try:
-                config = persistent_config(device, element_size, hidden_size, batch_size)
+                config = persistent_config(device, element_size, hidden_size, batch_size, directions)
             except DoesNotFit:
                 continue
             fitting += 1
-            assert config.programs * config.batch_tiles <= device.multiprocessors
+            assert config.programs * config.batch_tiles * config.directions <= device.multiprocessors
+            assert config.directions in (1, directions)
             assert config.shared_memory <= device.shared_memory
             assert config.batch_tiles * config.rows >= batch_size > (config.batch_tiles - 1) * config.rows
             assert sum(config.forward_k) == config.units * config.programs >= hidden_size
