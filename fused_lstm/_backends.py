@@ -1,10 +1,12 @@
 """Which backend runs a case, and why."""
 
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
+from fused_lstm._options import check_layer_norm
 from fused_lstm._precision import tf32_allowed
 
 ENVIRONMENT_VARIABLE = "FUSED_LSTM_BACKEND"
@@ -34,6 +36,8 @@ class _Case(NamedTuple):
     projection: bool
     lengths: bool
     recompute: bool
+    layer_norm: str | None
+    options: tuple[str, ...]
     compiling: bool
 
 
@@ -47,6 +51,8 @@ def select_backend(
     projection: bool = False,
     lengths: bool = False,
     recompute: bool = False,
+    layer_norm: str | None = None,
+    options: Iterable[str] = (),
     compiling: bool = False,
 ) -> BackendChoice:
     """The backend that a layer would run on.
@@ -61,13 +67,26 @@ def select_backend(
         projection: is there a weight_hr?
         lengths: is there a length a row?
         recompute: are the gates not to be kept for the backward?
+        layer_norm: as `fused_lstm.LSTM`'s
+        options: the names of all else that is in use and that torch.nn.LSTM does not have, for instance "reset"
         compiling: under torch.compile?
 
     Raises:
         ValueError: the name is unknown, or the backend that was asked for cannot run the case; it says why
     """
     check_backend_name(backend)
-    case = _Case(torch.device(device), dtype, hidden_size, batch_size, projection, lengths, recompute, compiling)
+    case = _Case(
+        torch.device(device),
+        dtype,
+        hidden_size,
+        batch_size,
+        projection,
+        lengths,
+        recompute,
+        check_layer_norm(layer_norm),
+        tuple(options),
+        compiling,
+    )
     source = "asked for by backend="
     if backend == "auto":
         backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
@@ -90,10 +109,13 @@ def _automatic(case: _Case) -> BackendChoice:
         no_torch = "it takes float16 on few CPUs"
     if no_torch is None:
         return BackendChoice("torch", f"torch's own kernels, on {case.device.type}")
-    no_stepwise = _stepwise_obstacle(case) if case.device.type == "cuda" else "Triton's kernels need a CUDA device"
-    if no_stepwise is None:
-        return BackendChoice("stepwise", f"torch's own cannot: {no_torch}")
-    return BackendChoice("reference", f"torch's own cannot: {no_torch}; nor stepwise: {no_stepwise}")
+    reason = f"torch's own cannot: {no_torch}"
+    for name in ("persistent", "stepwise"):
+        obstacle = _OBSTACLES[name](case) if case.device.type == "cuda" else "Triton's kernels need a CUDA device"
+        if obstacle is None:
+            return BackendChoice(name, reason)
+        reason += f"; nor {name}: {obstacle}"
+    return BackendChoice("reference", reason)
 
 
 # For each backend: why it cannot run a case, or None if it can.
@@ -104,6 +126,9 @@ def _torch_obstacle(case: _Case) -> str | None:
         return "torch.nn.LSTM takes no lengths (pack the sequence, or use another backend)"
     if case.recompute:
         return "torch.nn.LSTM keeps the gates for its backward"
+    options = ("layer_norm", *case.options) if case.layer_norm is not None else case.options
+    if options:
+        return f"torch.nn.LSTM knows no {', '.join(dict.fromkeys(options))}"
     if case.compiling:
         return "torch.compile cannot trace torch.nn.LSTM"
     return None

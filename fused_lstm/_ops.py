@@ -1,8 +1,7 @@
 """The two opaque operators of a layer: its forward, and its backward.
 
-To torch.compile each is one node, whatever the number of steps. A backend brings the recurrence alone
-(`recurrence_forward` and `recurrence_backward`, as reference.py defines them); everything that need not be in the loop
-stands here, as products over all steps at once: the input product before it, weight, bias and input gradients after it.
+To torch.compile each is one node, whatever the number of steps. A backend brings the walk over the steps alone
+(recurrence.py); everything that need not be in the loop stands here, as products over all steps at once.
 """
 
 import importlib
@@ -13,27 +12,46 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fused_lstm import reference
+from fused_lstm import reference_recurrence
 from fused_lstm._backends import select_backend
 from fused_lstm._precision import lstm_matmul_precision
+from fused_lstm._products import input_product, recompute_walk, weight_hh_gradient
+from fused_lstm.recurrence import Gradients, Walk, new_gradients, new_walk
+from fused_lstm.reference import Conditions, Parameters, compute_dtype
+
+# The gradients of one direction's parameters, as `layer_backward` returns them. The two biases have one, since they
+# stand in one sum; so have the norms of the gates and of the input product, of which a layer has one, and their biases.
+GRADIENTS = (
+    "weight_ih",
+    "weight_hh",
+    "bias",
+    "weight_hr",
+    "weight_ph",
+    "norm_weight",
+    "norm_hh_weight",
+    "norm_bias",
+    "norm_cell_weight",
+    "norm_cell_bias",
+)
+MASKS = 3  # of one direction: recurrent_mask, zoneout_h, zoneout_c
+_WIDTH = len(Parameters._fields)
 
 
-def _recurrence(
-    backend: str, input: Tensor, weight_ih: Tensor, weight_hr: Tensor | None, lengths: Tensor | None
-) -> ModuleType:
+def _recurrence(backend: str, walk: Walk, lengths: Tensor | None) -> ModuleType:
     """The module that walks the steps: decided here, where also a compiled graph knows the sizes."""
     name = select_backend(
         backend,
-        device=input.device,
-        dtype=input.dtype,
-        hidden_size=weight_ih.size(0) // 4,
-        batch_size=input.size(1),
-        projection=weight_hr is not None,
+        device=walk.gates.device,
+        dtype=walk.gates.dtype,
+        hidden_size=walk.c.size(3),
+        batch_size=walk.c.size(2),
+        projection=walk.parameters[0].weight_hr is not None,
         lengths=lengths is not None,
+        layer_norm=walk.layer_norm,
         compiling=True,  # torch's own LSTM is no choice in here
     ).name
     if name == "reference":
-        return reference
+        return reference_recurrence
     return importlib.import_module(f"fused_lstm.kernels.{name}")  # only here: Triton is optional where no kernel runs
 
 
@@ -46,33 +64,62 @@ def _op_body(tensor: Tensor) -> Iterator[None]:
         yield
 
 
-def _input_product(input: Tensor, weight_ih: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor:
-    """W_ih x + b_ih + b_hh of all steps, as one product: (T, N, 4H)."""
-    steps, batch_size, input_size = input.shape
-    rows = input.reshape(steps * batch_size, input_size)
-    if bias_ih is None and bias_hh is None:
-        gates = rows @ weight_ih.t()
-    else:
-        bias = bias_hh if bias_ih is None else bias_ih if bias_hh is None else bias_ih + bias_hh
-        gates = torch.addmm(bias, rows, weight_ih.t())
-    return gates.view(steps, batch_size, weight_ih.size(0))
+class Directions:
+    """Which way each direction of a layer goes.
+
+    With lengths, a direction that starts at each row's own end walks forward, on rows whose steps were mirrored.
+    """
+
+    def __init__(self, count: int, reverse: bool, lengths: Tensor | None, flip: Tensor | None) -> None:
+        backwards = (False, True) if count == 2 else (reverse,)
+        self.flip = flip
+        self.mirrored = tuple(each and lengths is not None for each in backwards)
+        self.reverse = tuple(each and lengths is None for each in backwards)
+
+    def mirror(self, x: Tensor) -> Tensor:
+        """x (T, N, ·), each row's steps in reverse order."""
+        return x.reshape(-1, x.size(2)).index_select(0, self.flip).view(x.shape)
+
+    def inputs(self, input: Tensor) -> list[Tensor]:
+        """What each direction walks over."""
+        return [self.mirror(input) if mirrored else input for mirrored in self.mirrored]
+
+    def mirror_(self, x: Tensor, dim: int) -> Tensor:
+        """x with D at dim, the mirrored directions put into the input's order or back, in place."""
+        for d, mirrored in enumerate(self.mirrored):
+            if mirrored:
+                x.select(dim, d).copy_(self.mirror(x.select(dim, d)))
+        return x
 
 
-def _entered(output: Tensor, reverse: bool) -> tuple[int, slice, Tensor]:
-    """What h entered which step: the step that h0 entered; all the others; and what entered those (T - 1, N, P)."""
-    return (-1, slice(None, -1), output[1:]) if reverse else (0, slice(1, None), output[:-1])
-
-
-def _activated_gates(gates: Tensor, h0: Tensor, weight_hh: Tensor, output: Tensor, reverse: bool) -> Tensor:
-    """The gates of all steps from their input product, which is overwritten, and the h that entered them."""
-    first, inner, entered = _entered(output, reverse)
-    gates[first].addmm_(h0, weight_hh.t())
-    gates[inner].flatten(0, 1).addmm_(entered.flatten(0, 1), weight_hh.t())
-    i_f, g, o = gates.tensor_split((gates.size(2) // 2, gates.size(2) // 4 * 3), dim=2)
-    i_f.sigmoid_()
-    g.tanh_()
-    o.sigmoid_()
+def _input_products(inputs: list[Tensor], parameters: tuple[Parameters, ...], layer_norm: str | None) -> Tensor:
+    """(D, T, N, 4H)."""
+    steps, batch_size, input_size = inputs[0].shape
+    gates = inputs[0].new_empty(len(inputs), steps, batch_size, parameters[0].weight_ih.size(0))
+    for input, own, out in zip(inputs, parameters, gates.unbind(0), strict=True):
+        input_product(input.reshape(-1, input_size), own, layer_norm, out.flatten(0, 1))
     return gates
+
+
+def unflatten(parameters: list[Tensor | None]) -> tuple[Parameters, ...]:
+    """One for each direction."""
+    return tuple(Parameters(*parameters[start : start + _WIDTH]) for start in range(0, len(parameters), _WIDTH))
+
+
+def conditions_of(
+    reset: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    masks: list[Tensor | None],
+    rates: list[float],
+) -> tuple[Conditions, ...]:
+    """One for each direction: zoneout by its mask, or by its rate where there is none."""
+    found = []
+    for start in range(0, len(masks), MASKS):
+        recurrent_mask, *zoneouts = masks[start : start + MASKS]
+        zoneouts = [mask if mask is not None else rate or None for mask, rate in zip(zoneouts, rates, strict=True)]
+        found.append(Conditions(reset, reset_h, reset_c, recurrent_mask, *zoneouts))
+    return tuple(found)
 
 
 @torch.library.custom_op("fused_lstm::layer_forward", mutates_args=())
@@ -80,67 +127,157 @@ def layer_forward(
     input: Tensor,
     h0: Tensor,
     c0: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
+    parameters: list[Tensor | None],
+    reset: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    masks: list[Tensor | None],
+    rates: list[float],
     lengths: Tensor | None,
+    flip: Tensor | None,
+    layer_norm: str | None,
     reverse: bool,
     backend: str,
     save: bool,
     recompute: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One layer, one direction, forward.
+    states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One layer, all directions, forward.
 
-    Saved for backward, in bytes per (step, row, unit) in a 2-byte dtype (in float32): the activated gates 8 (16), which
-    lie where the input product was, unless recompute; c 4 (4); and the output 2 (4), which the caller has anyway.
+    Saved for backward, in bytes per (step, row, unit) in a 2-byte dtype (in float32): gates 8 (16), which lie where the
+    input product was; c 4 (4); the output 2 (4), which the caller has anyway; with a norm of the projections W_hh h, 8
+    (16); with a reset or a recurrent mask the h that entered each step, 2 (4). With recompute c and the output only.
 
     Args:
-        input, h0, c0, weights, biases, lengths, reverse: as in `fused_lstm.reference.lstm_layer`, all of one dtype
+        input (T, N, I), h0 (D, N, P), c0 (D, N, H): of one dtype
+        parameters: those of `fused_lstm.reference.Parameters`, for each direction one after the other
+        reset, reset_h, reset_c: as in `fused_lstm.reference.Conditions`, or None
+        masks: recurrent_mask, zoneout_h and zoneout_c, for each direction one after the other
+        rates: zoneout's mix for h and for c, where there are no masks; 0 for none
+        lengths (N,) int64: the steps of each row; flip: as in `fused_lstm._ragged.Ragged`; or None
+        layer_norm: as in `fused_lstm.reference.lstm_cell`
+        reverse: walk from each row's last step to its first; of two directions the second one does
         backend: one of `fused_lstm.BACKENDS` but "torch", or "auto"
         save: keep what the backward needs
-        recompute: let the backward compute the gates again rather than keep them
+        recompute: let the backward compute again what can be, rather than keep it
+        states: return c of all steps
 
     Returns:
-        output (T, N, P), h_n (N, P), c_n (N, H); gates (T, N, 4H) if save and not recompute, else empty; and c
-        (T + 1, N, H) if save, else empty
+        output (T, N, D * P), h_n (D, N, P), c_n (D, N, H), and c of all steps (D, T, N, H) if states; then what the
+        backward needs: gates (D, T, N, 4H), product (D, T, N, 4H), entered (D, T, N, P) and c (D, T + 1, N, H); empty
+        is what is not there or was not asked for
     """
+    directions = Directions(h0.size(0), reverse, lengths, flip)
+    own = unflatten(parameters)
+    steps, batch_size, _ = input.shape
+    # no result may be a view: autograd would let nobody change it in place
+    output = input.new_empty(steps, batch_size, h0.size(0) * h0.size(2))
     with _op_body(input):
-        gates = _input_product(input, weight_ih, bias_ih, bias_hh)
-        # c of every step is kept for lengths too: the rows' final states lie in it
-        output, c = _recurrence(backend, input, weight_ih, weight_hr, lengths).recurrence_forward(
-            gates, h0, c0, weight_hh, weight_hr, reverse, save or lengths is not None
+        walk = new_walk(
+            _input_products(directions.inputs(input), own, layer_norm),
+            output.view(steps, batch_size, *h0.shape[::2]),
+            h0,
+            c0,
+            own,
+            conditions_of(reset, reset_h, reset_c, masks, rates),
+            layer_norm,
+            directions.reverse,
+            save or states or lengths is not None,  # the rows' final states lie in c of every step
         )
-        if lengths is None:
-            h_n, c_n = output[0 if reverse else -1].clone(), c[0 if reverse else -1]
-        else:
-            row = torch.arange(input.size(1), device=input.device)
-            h_n, c_n = output[lengths - 1, row], c[lengths, row]
-        # c_n must be a copy: it is returned beside c, and belongs to the caller
-        c_n = c_n.to(input.dtype, copy=True)
-        if not save:
-            c = c.new_empty(0)
-        if not save or recompute:
-            gates = gates.new_empty(0)
-    return output, h_n, c_n, gates, c
+        _recurrence(backend, walk, lengths).recurrence_forward(walk)
+        c = walk.c
+        h_n, c_n = torch.empty_like(walk.h0), input.new_empty(c0.shape)
+        row = torch.arange(batch_size, device=input.device)
+        for d, back in enumerate(directions.reverse):
+            last = (0 if back else -1) if lengths is None else (lengths - 1, row)
+            h_n[d] = walk.output[:, :, d][last]
+            c_n[d] = (c[d, :-1] if back else c[d, 1:])[last] if walk.save else c[d, 0]
+        none = input.new_empty(0)
+        c_all = none
+        if states:
+            c_all = input.new_empty(h0.size(0), steps, *c0.shape[1:])
+            for d, back in enumerate(directions.reverse):
+                c_all[d] = c[d, :-1] if back else c[d, 1:]
+            directions.mirror_(c_all, 0)
+        directions.mirror_(walk.output, 2)
+        keep = save and not recompute
+        kept = [
+            buffer if buffer is not None and keep else none.clone()
+            for buffer in (walk.gates, walk.product, walk.entered)
+        ]
+    return output, h_n, c_n, c_all, *kept, c if save else c.new_empty(0)
 
 
 @layer_forward.register_fake
 def _(
-    input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, reverse, backend, save, recompute
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    input,
+    h0,
+    c0,
+    parameters,
+    reset,
+    reset_h,
+    reset_c,
+    masks,
+    rates,
+    lengths,
+    flip,
+    layer_norm,
+    reverse,
+    backend,
+    save,
+    recompute,
+    states,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     steps, batch_size, _ = input.shape
-    hidden_size = weight_ih.size(0) // 4
+    directions, _, hidden_size = c0.shape
+    output_size = h0.size(2)
+    gates = (directions, steps, batch_size, 4 * hidden_size)
+    keep = save and not recompute
+    enters = reset is not None or masks[0] is not None
     return (
-        input.new_empty(steps, batch_size, h0.size(1)),
-        input.new_empty(batch_size, h0.size(1)),
-        input.new_empty(batch_size, hidden_size),
-        input.new_empty((steps, batch_size, 4 * hidden_size) if save and not recompute else 0),
+        input.new_empty(steps, batch_size, directions * output_size),
+        input.new_empty(h0.shape),
+        input.new_empty(c0.shape),
+        input.new_empty((directions, steps, batch_size, hidden_size) if states else 0),
+        input.new_empty(gates if keep else 0),
+        input.new_empty(gates if keep and layer_norm not in (None, "gates") else 0),
+        input.new_empty((directions, steps, batch_size, output_size) if keep and enters else 0),
         input.new_empty(
-            (steps + 1, batch_size, hidden_size) if save else 0, dtype=reference.compute_dtype(input.dtype)
+            (directions, steps + 1, batch_size, hidden_size) if save else 0, dtype=compute_dtype(input.dtype)
         ),
     )
+
+
+def _arriving(
+    walk: Walk,
+    directions: Directions,
+    d_output: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    d_c_all: Tensor | None,
+    lengths: Tensor | None,
+    reset_state: bool,
+) -> Gradients:
+    """The gradients of a layer's results as the walk takes them."""
+    mirrors = any(directions.mirrored)
+    if d_output is not None:
+        # an expanded gradient (of a sum, say) has strides of 0; the kernels index a dense one
+        d_output = d_output.contiguous().view(walk.output.shape)
+        if mirrors or (lengths is not None and d_h_n is not None):
+            d_output = directions.mirror_(d_output.clone(), 2)
+    if d_c_all is not None:
+        d_c_all = directions.mirror_(d_c_all.to(walk.c.dtype, copy=True), 0).contiguous()
+    if lengths is not None:  # rows end at steps that differ: their final states' gradients join those of all steps
+        row = torch.arange(lengths.size(0), device=lengths.device)
+        if d_h_n is not None:
+            d_output = torch.zeros_like(walk.output) if d_output is None else d_output
+            d_output[lengths - 1, row] += d_h_n.transpose(0, 1)
+        if d_c_n is not None:
+            if d_c_all is None:
+                d_c_all = walk.c.new_zeros(walk.c.size(0), walk.output.size(0), *walk.c.shape[2:])
+            d_c_all[:, lengths - 1, row] += d_c_n
+        d_h_n = d_c_n = None
+    return new_gradients(walk, d_output, d_c_all, d_h_n, d_c_n, reset_state)
 
 
 @torch.library.custom_op("fused_lstm::layer_backward", mutates_args=())
@@ -148,70 +285,110 @@ def layer_backward(
     d_output: Tensor | None,
     d_h_n: Tensor | None,
     d_c_n: Tensor | None,
+    d_c_all: Tensor | None,
     input: Tensor,
     h0: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
+    parameters: list[Tensor | None],
+    reset: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    masks: list[Tensor | None],
+    rates: list[float],
     lengths: Tensor | None,
+    flip: Tensor | None,
     output: Tensor,
     gates: Tensor,
+    product: Tensor,
+    entered: Tensor,
     c: Tensor,
+    layer_norm: str | None,
     reverse: bool,
     backend: str,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One layer, one direction, backward.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """One layer, all directions, backward.
 
     Args:
-        d_output (T, N, P), d_h_n (N, P), d_c_n (N, H): gradients of the forward's results; None is zero
-        input, h0, weights, biases, lengths, reverse, backend: as the forward got them
-        output, gates, c: as the forward returned them; where gates are empty, they are computed again
-        needs: which results are wanted, in their order
+        d_output (T, N, D * P), d_h_n (D, N, P), d_c_n (D, N, H), d_c_all (D, T, N, H): gradients of the forward's
+            results; None is zero
+        input, h0, parameters, …, lengths, flip, layer_norm, reverse, backend: as the forward got them
+        output, gates, product, entered, c: as the forward returned them; where gates are empty, they are computed again
+        needs: which are wanted of the gradients of input, h0, c0, reset_h, reset_c and, for each direction, of
+            `GRADIENTS`
 
     Returns:
-        gradients of input (T, N, I), h0 (N, P), c0 (N, H), weight_ih (4H, I), weight_hh (4H, P), each bias (4H) and
-        weight_hr (P, H); empty where not wanted
+        gradients of input (T, N, I), h0 (D, N, P), c0 (D, N, H), reset_h (N, P), reset_c (N, H); and, for each
+        direction, of `GRADIENTS`; empty where not wanted
     """
     steps, batch_size, input_size = input.shape
-    size = steps * batch_size
+    directions = Directions(h0.size(0), reverse, lengths, flip)
+    own = unflatten(parameters)
+    conditions = conditions_of(reset, reset_h, reset_c, masks, rates)
+    need_input, need_h0, need_c0, need_reset_h, need_reset_c, *need_parameters = needs
     with _op_body(input):
-        if gates.dim() == 1:
-            gates = _activated_gates(_input_product(input, weight_ih, bias_ih, bias_hh), h0, weight_hh, output, reverse)
-        # an expanded gradient (of a sum, say) has strides of 0; the kernels index a dense one
-        d_results = (None if d is None else d.contiguous() for d in (d_output, d_h_n, d_c_n))
-        walk_back = _recurrence(backend, input, weight_ih, weight_hr, lengths).recurrence_backward
-        d_gates, d_h0, d_c0, d_h_all, hidden_all = walk_back(
-            *d_results, gates, c, weight_hh, weight_hr, lengths, reverse
+        inputs = directions.inputs(input)
+        output = output.view(steps, batch_size, *h0.shape[::2])
+        recompute = gates.dim() == 1
+        walk = Walk(
+            _input_products(inputs, own, layer_norm) if recompute else gates,
+            product if layer_norm not in (None, "gates") else None,
+            directions.mirror_(output.clone(), 2) if any(directions.mirrored) else output,
+            entered if reset is not None or masks[0] is not None else None,
+            c,
+            h0.contiguous(),
+            own,
+            conditions,
+            layer_norm,
+            directions.reverse,
+            True,
         )
-        gate_size, hidden_size, output_size = weight_ih.size(0), c.size(2), output.size(2)
-        d_rows = d_gates.view(size, gate_size)
-        need_input, need_h0, need_c0, need_weight_ih, need_weight_hh, need_bias, need_weight_hr = needs
-        d_weight_hh = d_bias = d_weight_ih = d_weight_hr = d_input = None
-        if need_weight_hh:
-            first, inner, entered = _entered(output, reverse)
-            d_weight_hh = d_gates[first].t() @ h0
-            d_weight_hh.addmm_(d_gates[inner].flatten(0, 1).t(), entered.flatten(0, 1))
-        if need_weight_ih:
-            d_weight_ih = d_rows.t() @ input.reshape(size, input_size)
-        if need_bias:
-            d_bias = d_rows.sum(0)
-        if need_weight_hr and d_h_all is not None and hidden_all is not None:
-            d_weight_hr = d_h_all.view(size, output_size).t() @ hidden_all.view(size, hidden_size)
+        if recompute:
+            walk = recompute_walk(walk)
+        gradients = _arriving(walk, directions, d_output, d_h_n, d_c_n, d_c_all, lengths, need_reset_h or need_reset_c)
+        _recurrence(backend, walk, lengths).recurrence_backward(walk, gradients)
+        d_input = None
         if need_input:
-            d_input = (d_rows @ weight_ih).view(steps, batch_size, input_size)
-        results = (
-            d_input,
-            d_h0 if need_h0 else None,
-            d_c0.to(input.dtype) if need_c0 else None,
-            d_weight_ih,
-            d_weight_hh,
-            d_bias,
-            d_weight_hr,
+            for d, mirrored in enumerate(directions.mirrored):
+                rows = gradients.d_gates[d].flatten(0, 1)
+                if mirrored or d_input is None:
+                    part = rows @ own[d].weight_ih
+                    part = directions.mirror(part.view(input.shape)).flatten(0, 1) if mirrored else part
+                    d_input = part if d_input is None else d_input.add_(part)
+                else:
+                    d_input.addmm_(rows, own[d].weight_ih)
+            d_input = d_input.view(steps, batch_size, input_size)
+        states = (
+            (need_h0, gradients.d_h, input.dtype),
+            (need_c0, gradients.d_c, input.dtype),
+            (need_reset_h, None if gradients.d_reset_h is None else gradients.d_reset_h[0], input.dtype),
+            (need_reset_c, None if gradients.d_reset_c is None else gradients.d_reset_c[0], input.dtype),
         )
-    return tuple(gates.new_empty(0) if result is None else result for result in results)
+        none = input.new_empty(0)
+        d_states = [d.to(dtype) if need else none.clone() for need, d, dtype in states]
+        width = len(GRADIENTS)
+        d_parameters = []
+        for d, rows in enumerate(inputs):
+            wanted = need_parameters[d * width : (d + 1) * width]
+            d_parameters += _parameter_gradients(walk, gradients, d, rows.reshape(-1, input_size), wanted)
+    return none.clone() if d_input is None else d_input, *d_states, d_parameters
+
+
+def _parameter_gradients(walk: Walk, gradients: Gradients, d: int, rows: Tensor, needs: list[bool]) -> list[Tensor]:
+    """The `GRADIENTS` of direction d, whose input was rows (T * N, I)."""
+    d_gates = gradients.d_gates[d].flatten(0, 1)
+
+    def made(name: str) -> Tensor:
+        if name == "weight_ih":
+            return d_gates.t() @ rows
+        if name == "weight_hh":
+            return weight_hh_gradient(walk, gradients, d)
+        if name == "bias":
+            return d_gates.sum(0)
+        if name == "weight_hr":
+            return gradients.d_projected[d].flatten(0, 1).t() @ gradients.hidden[d].flatten(0, 1)
+        return getattr(gradients, f"d_{name}")[d].clone()
+
+    return [made(name) if need else rows.new_empty(0) for name, need in zip(GRADIENTS, needs, strict=True)]
 
 
 @layer_backward.register_fake
@@ -219,28 +396,38 @@ def _(
     d_output,
     d_h_n,
     d_c_n,
+    d_c_all,
     input,
     h0,
-    weight_ih,
-    weight_hh,
-    bias_ih,
-    bias_hh,
-    weight_hr,
+    parameters,
+    reset,
+    reset_h,
+    reset_c,
+    masks,
+    rates,
     lengths,
+    flip,
     output,
     gates,
+    product,
+    entered,
     c,
+    layer_norm,
     reverse,
     backend,
     needs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shapes = (
-        input.shape,
-        h0.shape,
-        c.shape[1:],
-        weight_ih.shape,
-        weight_hh.shape,
-        weight_ih.shape[:1],
-        (0,) if weight_hr is None else weight_hr.shape,
-    )
-    return tuple(input.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    directions, _, batch_size, hidden_size = c.shape
+    state, gate_size = (batch_size, hidden_size), (4 * hidden_size,)
+    shapes = [input.shape, h0.shape, (directions, *state), h0.shape[1:], state]
+    dtypes = [input.dtype] * len(shapes)
+    for own in unflatten(parameters):
+        weight_hr = (0,) if own.weight_hr is None else own.weight_hr.shape
+        shapes += [own.weight_ih.shape, own.weight_hh.shape, gate_size, weight_hr, (3 * hidden_size,)]
+        shapes += [gate_size] * 3 + [(hidden_size,)] * 2
+        dtypes += [input.dtype] * 4 + [c.dtype] * 6
+    results = [
+        input.new_empty(shape, dtype=dtype) if need else input.new_empty(0)
+        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
+    ]
+    return *results[:5], results[5:]

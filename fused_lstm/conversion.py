@@ -9,7 +9,15 @@ import torch
 from torch.nn.utils import parametrize
 
 from fused_lstm._compile import let_dynamo_trace
-from fused_lstm.modules import LSTM, LSTMCell
+from fused_lstm._module_options import (
+    add_parameters,
+    changing_options,
+    remove_parameters,
+    reset_option_parameters,
+)
+from fused_lstm._options import check_forget_bias
+from fused_lstm.cells import LSTMCell
+from fused_lstm.modules import LSTM
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -24,19 +32,21 @@ def convert(model: Model, *, to: str = "fused_lstm", **options: Any) -> Model:
     The module objects stay the same objects, so every reference to them sees the change, the model itself included.
     Parameters, buffers, hooks, training flag, device, dtype, names and whatever else was set on a module stay; an
     optimiser made before goes on. Weights that are computed (parametrizations, weight_norm, pruning, a plain tensor in
-    a parameter's place) stay so. A second call changes nothing but the options.
+    a parameter's place) stay so. A second call changes nothing but the options. What an option adds to a module is
+    initialised, what it no longer needs is taken away; no other parameter changes.
 
     Args:
         model: any module; it may be an LSTM itself
         to: "fused_lstm", or "torch" to undo it
-        options: keyword arguments of `fused_lstm.LSTM` for every module swapped (`recompute`, `backend`); those that
-            `fused_lstm.LSTMCell` does not take reach the LSTMs only
+        options: keyword arguments of `fused_lstm.LSTM` for every module swapped (`layer_norm`, `backend`, …); those
+            that `fused_lstm.LSTMCell` does not take reach the LSTMs only
 
     Returns:
         model
 
     Raises:
-        ValueError: `to` is none of the two, or an option's value is wrong
+        ValueError: `to` is none of the two, an option's value is wrong, or to="torch" of a module with an option that
+            torch's does not have
         TypeError: an option that LSTM does not take, or any with to="torch"
 
     Warns:
@@ -51,6 +61,12 @@ def convert(model: Model, *, to: str = "fused_lstm", **options: Any) -> Model:
     for module_type in _THEIRS:
         # A wrong value fails here, before anything is swapped; on meta, where parameters draw no random numbers.
         module_type(1, 1, device="meta", **_taken_by(module_type, options))
+    for name, module in model.named_modules():
+        own_type = parametrize.type_before_parametrizations(module)
+        if to == "torch" and own_type in _THEIRS and (options_in_use := changing_options(module)):
+            raise ValueError(f"{name or 'the model itself'} cannot become torch's: {', '.join(options_in_use)}")
+        if to == "fused_lstm" and own_type in (*_OURS, *_THEIRS) and "forget_bias" in options:
+            check_forget_bias(options["forget_bias"], module.bias, options.get("layer_norm", _layer_norm_of(module)))
     targets = _OURS if to == "fused_lstm" else _THEIRS
     already = tuple(_THEIRS) if to == "fused_lstm" else ()  # ours are subclasses of torch's too
     swapped, left = [], []
@@ -94,6 +110,10 @@ def _set_type(module: torch.nn.Module, own_type: type, target: type) -> None:
     let_dynamo_trace(LSTM)
 
 
+def _layer_norm_of(module: torch.nn.Module) -> str | None:
+    return getattr(module, "layer_norm", None)
+
+
 def _set_options(module: torch.nn.Module, options: dict[str, Any]) -> None:
     """Set what was given; what was not keeps its value, or starts at its default."""
     module_type = parametrize.type_before_parametrizations(module)
@@ -103,3 +123,5 @@ def _set_options(module: torch.nn.Module, options: dict[str, Any]) -> None:
             setattr(module, name, options[name])
         elif name not in vars(module):
             setattr(module, name, parameters[name].default)
+    remove_parameters(module)
+    reset_option_parameters(module, add_parameters(module))

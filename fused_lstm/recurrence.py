@@ -26,8 +26,8 @@ class Walk(NamedTuple):
         gates; under layer_norm="gates" the sums before the norm; under "projections…" it leaves it as it is.
     product (D, T, N, 4H), or (D, 1, N, 4H) if not save: written, W_hh h, under "projections…"; else None
     output (T, N, D, P): written. Rows may lie apart: what goes on are the last two dimensions
-    entered (D, T, N, P), or (D, 1, N, P) if not save: written, the h that multiplied W_hh in each step, where that is not
-        simply the output of the step before (with a reset or a recurrent mask); else None
+    entered (D, T, N, P), or (D, 1, N, P) if not save: written, the h that multiplied W_hh in each step, where that is
+        not simply the output of the step before (with a reset or a recurrent mask); else None
     c (D, T + 1, N, H), or (D, 1, N, H) if not save: written, in float32, or float64 for float64; c0 stands in it first,
         where the walk begins: at [d, 0], or at [d, -1] where it begins at the end
     h0 (D, N, P), contiguous
@@ -62,8 +62,8 @@ class Gradients(NamedTuple):
     d_gates (D, T, N, 4H): of the input product
     d_product (D, T, N, 4H): of W_hh h; the same tensor as d_gates unless layer_norm is one of "projections…"
     d_h (D, N, P), d_c (D, N, H), in c's dtype: what arrives from behind the last step; of h0 and c0 on return
-    d_projected (D, T, N, P), hidden (D, T, N, H): with weight_hr, for its gradient: the whole gradient of what came out of
-        the projection in each step, and what went into it; else None
+    d_projected (D, T, N, P), hidden (D, T, N, H): with weight_hr, for its gradient: the whole gradient of what came out
+        of the projection in each step, and what went into it; else None
 
     Filled, as sums over all steps and rows, in c's dtype, or None where the walk has no such thing:
     d_reset_h (D, N, P), d_reset_c (D, N, H): sums over the steps only; also None where they are not wanted
@@ -95,6 +95,7 @@ class Gradients(NamedTuple):
 
 def new_walk(
     gates: Tensor,
+    output: Tensor,
     h0: Tensor,
     c0: Tensor,
     parameters: tuple[Parameters, ...],
@@ -103,7 +104,7 @@ def new_walk(
     reverse: tuple[bool, ...],
     save: bool,
 ) -> Walk:
-    """Buffers for a walk, with c0 (D, N, H) where it begins; all else as in `Walk`."""
+    """The other buffers of a walk, with c0 (D, N, H) where it begins; all else as in `Walk`."""
     directions, steps, batch_size, gate_size = gates.shape
     output_size = h0.size(2)
     c = gates.new_empty(
@@ -116,7 +117,6 @@ def new_walk(
         product = torch.empty_like(gates) if save else gates.new_empty(directions, 1, batch_size, gate_size)
     if conditions[0].reset is not None or conditions[0].recurrent_mask is not None:
         entered = gates.new_empty(directions, steps if save else 1, batch_size, output_size)
-    output = gates.new_empty(steps, batch_size, directions, output_size)
     return Walk(gates, product, output, entered, c, h0.contiguous(), parameters, conditions, layer_norm, reverse, save)
 
 

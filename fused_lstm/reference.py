@@ -1,6 +1,7 @@
 """What an LSTM layer is, in plain torch operations on any device and dtype: the definition all kernels are held to.
 
-Read top to bottom. `lstm_cell` is one step, `lstm_layer` the loop over it; both are differentiable, any number of times.
+Read top to bottom. `lstm_cell` is one step, `lstm_layer` the loop over it; both are differentiable, any number of
+times.
 
 Shapes: T time steps, N rows of the batch, I input features, H units, P = projected features, or H without projection.
 Gates stand in torch's order: 4H = i | f | g | o.
@@ -44,10 +45,11 @@ class Parameters(NamedTuple):
 class Conditions(NamedTuple):
     """What else acts on the steps of one call; None is nothing.
 
-    reset (T, N) bool: where set, the state that enters the step is reset_h (N, P) and reset_c (N, H), which come with it.
+    reset (T, N) bool: where set, the state that enters the step is reset_h (N, P) and reset_c (N, H), which come with
+        it.
     recurrent_mask (N, P): a factor on the h that enters W_hh, in every step.
-    zoneout_h, zoneout_c: which elements of h (T, N, P) and of c (T, N, H) keep their old value, as bool; or, as a number,
-        the part of the old value in a mix with the new.
+    zoneout_h, zoneout_c: which elements of h (T, N, P) and of c (T, N, H) keep their old value, as bool; or, as a
+        number, the part of the old value in a mix with the new.
     """
 
     reset: Tensor | None = None

@@ -1,7 +1,7 @@
 """The backend "reference": a layer's walk in plain torch operations, with a backward written by hand.
 
-It runs on any device and in any dtype, and shows step by step what the kernels do. Every operation of a step is on whole
-(N, ·) tensors, so that a CPU spends its time in the products.
+It runs on any device and in any dtype, and shows step by step what the kernels do. Every operation of a step is on
+whole (N, ·) tensors, so that a CPU spends its time in the products.
 """
 
 from typing import NamedTuple
@@ -69,10 +69,9 @@ def recurrence_forward(walk: Walk) -> None:
 def recurrence_backward(walk: Walk, gradients: Gradients) -> None:
     """Fills the gradients' buffers, from a walk that recurrence_forward has filled with save."""
     for d, direction in enumerate(_directions(walk)):
-        own = {name: None if buffer is None else buffer[d] for name, buffer in gradients._asdict().items()}
-        if gradients.d_output is not None:
-            own["d_output"] = gradients.d_output[:, :, d]
-        _backward(direction, Gradients(**own))
+        d_output, *others = gradients
+        own = (None if buffer is None else buffer[d] for buffer in others)
+        _backward(direction, Gradients(None if d_output is None else d_output[:, :, d], *own))
 
 
 class _Norm:

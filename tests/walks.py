@@ -1,4 +1,4 @@
-"""A layer's walk with random numbers: the same in every dtype, for one backend after the other; and the definition's word."""
+"""A layer's walk with random numbers: the same in every dtype, and for one backend after the other."""
 
 import itertools
 from typing import NamedTuple
@@ -43,7 +43,7 @@ SINGLE = [
 ]
 COMBINED = [
     Variant(name, True, zoneout, True, True, False, True)
-    for name, zoneout in zip((None, *reference.LAYER_NORMS), itertools.cycle(("masks", "rates")))  # noqa: B905
+    for name, zoneout in zip((None, *reference.LAYER_NORMS), itertools.cycle(("masks", "rates")))
 ]
 
 
@@ -163,6 +163,7 @@ def walk_of(inputs: Inputs, save: bool = True) -> Walk:
     """Fresh buffers for a walk from inputs, which stay as they are."""
     return new_walk(
         inputs.gates.clone(),
+        inputs.gates.new_empty(*inputs.gates.shape[1:3], *inputs.h0.shape[::2]),
         inputs.h0,
         inputs.c0,
         inputs.parameters,
