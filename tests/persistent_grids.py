@@ -49,15 +49,20 @@ def late_program(monkeypatch):
     monkeypatch.setattr(concurrent_interpreter, "_run_program", run_late)
 
 
-def skip_call(function, skipped, of):
-    """function, but of every so many calls the skipped-th, counted from 0, does nothing."""
-    calls = 0
+@pytest.fixture
+def skip_call(monkeypatch):
+    """skip_call(module, name, skipped, of): of every so many calls the skipped-th, counted from 0, does nothing."""
 
-    @functools.wraps(getattr(function, "fn", function))
-    def sometimes(*args):
-        nonlocal calls
-        calls += 1
-        if (calls - 1) % of != skipped:
-            function(*args)
+    def skip(module, name, skipped=0, of=1):
+        function, calls = getattr(module, name), 0
 
-    return sometimes
+        @functools.wraps(getattr(function, "fn", function))
+        def sometimes(*args):
+            nonlocal calls
+            calls += 1
+            if (calls - 1) % of != skipped:
+                function(*args)
+
+        monkeypatch.setattr(module, name, sometimes)
+
+    return skip
