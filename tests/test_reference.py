@@ -8,7 +8,8 @@ import pytest
 import torch
 from tolerance import assert_same_float64
 
-from fused_lstm import lstm_layer, reference
+from fused_lstm import lstm_layer, recurrence, reference, reference_recurrence
+from fused_lstm.reference import Parameters
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -59,7 +60,8 @@ def assert_same(actual, expected) -> None:
 def test_lstm_cell(sizes, biases, device):
     weights, (x, h0, c0), _ = random_case(sizes, biases)
     rows = [oracle.cell(*row, weights) for row in zip(x[0], h0, c0, strict=True)]
-    actual = reference.lstm_cell(*tensors((x[0],), device), tensors((h0, c0), device), *tensors(weights, device))
+    parameters = Parameters(*tensors(weights, device))
+    actual = reference.lstm_cell(*tensors((x[0],), device), tensors((h0, c0), device), parameters)
     assert_same(actual, ([row.h for row in rows], [row.c for row in rows]))
 
 
@@ -76,7 +78,7 @@ def test_lstm_layer(sizes, mode, biases, device):
 
     leaves = tensors((*inputs, *weights), device, requires_grad=True)
     ends = None if lengths is None else torch.tensor(lengths, device=device)
-    output, h_n, c_n = reference.lstm_layer(*leaves, ends, reverse)
+    output, h_n, c_n, c_all = reference.lstm_layer(*leaves[:3], Parameters(*leaves[3:]), lengths=ends, reverse=reverse)
     loss = sum((d * r).sum() for d, r in zip(tensors(d_results, device), (output, h_n, c_n), strict=True))
     gradients = iter(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None]))
     d_leaves = [None if leaf is None else next(gradients) for leaf in leaves]
@@ -84,6 +86,8 @@ def test_lstm_layer(sizes, mode, biases, device):
     if lengths is not None:
         output = output * (torch.arange(sizes[0], device=device)[:, None] < ends)[:, :, None]
     assert_same((output, h_n, c_n), expected[:3])
+    if lengths is None:
+        assert_same((c_all,), (stacked(expected, "c"),))
     assert_same(d_leaves, (*d_expected[:3], *d_expected.weights))
 
 
@@ -92,55 +96,58 @@ def stacked(forward: oracle.Forward, name: str) -> np.ndarray:
     return np.stack([[getattr(step, name) for step in row] for row in forward.steps], axis=1)
 
 
+def walk_of(gates, h0, c0, weight_hh, weight_hr=None, reverse=False, save=True):
+    """One direction's walk, from what stands in its buffers without the dimension of directions."""
+    parameters = Parameters(weight_ih=gates, weight_hh=weight_hh, weight_hr=weight_hr)
+    output = gates.new_empty(*gates.shape[:2], 1, h0.size(1))
+    rest = (parameters,), (reference.NOTHING,), None, (reverse,), save
+    return recurrence.new_walk(gates[None], output, h0[None], c0[None], *rest)
+
+
 @pytest.mark.parametrize("save", [True, False], ids=["save", "no_save"])
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_recurrence_forward(sizes, reverse, save, device):
     weights, (x, h0, c0), _ = random_case(sizes)
     expected = oracle.layer(x, h0, c0, weights, reverse=reverse)
-    gates, h0, c0, weight_hh = tensors((x @ weights.ih.T + weights.b_ih + weights.b_hh, h0, c0, weights.hh), device)
-    (weight_hr,) = tensors((weights.hr,), device)
-    output, c = reference.recurrence_forward(gates, h0, c0, weight_hh, weight_hr, reverse, save)
-    assert_same((output,), (expected.output,))
+    gates = x @ weights.ih.T + weights.b_ih + weights.b_hh
+    walk = walk_of(*tensors((gates, h0, c0, weights.hh, weights.hr), device), reverse, save)
+    reference_recurrence.recurrence_forward(walk)
+    assert_same((walk.output[:, :, 0],), (expected.output,))
     if not save:
-        assert_same((c,), (expected.c_n[None],))
+        assert_same((walk.c[0],), (expected.c_n[None],))
         return
-    states = [c0.cpu().numpy()[None], stacked(expected, "c")]
-    assert_same((c,), (np.concatenate(states[:: -1 if reverse else 1]),))
-    assert_same((gates,), (np.concatenate([stacked(expected, gate) for gate in "ifgo"], axis=2),))
+    states = [c0[None], stacked(expected, "c")]
+    assert_same((walk.c[0],), (np.concatenate(states[:: -1 if reverse else 1]),))
+    assert_same((walk.gates[0],), (np.concatenate([stacked(expected, gate) for gate in "ifgo"], axis=2),))
 
 
 @pytest.mark.parametrize("subset", list(itertools.product([True, False], repeat=3))[:-1], ids=str)
-@pytest.mark.parametrize("mode", ["forward", "reverse", "lengths"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_recurrence_backward(sizes, mode, subset, device):
+def test_recurrence_backward(sizes, reverse, subset, device):
     """subset: which of d_output, d_h_n and d_c_n there are; the others are None, which stands for zeros."""
     weights, (x, h0, c0), d_results = random_case(sizes)
-    lengths, reverse = row_lengths(sizes) if mode == "lengths" else None, mode == "reverse"
-    walked = oracle.layer(x, h0, c0, weights, reverse=reverse)  # of all steps, as the backend's forward walks them
-    inside = np.ones(x.shape[:2], bool) if lengths is None else np.arange(sizes[0])[:, None] < lengths
-    d_results[0] *= inside[:, :, None]
+    walked = oracle.layer(x, h0, c0, weights, reverse=reverse)
     d_there = [d * there for d, there in zip(d_results, subset, strict=True)]
-    expected = oracle.layer_backward(
-        oracle.layer(x, h0, c0, weights, lengths, reverse), weights, *d_there, lengths, reverse
-    )
+    expected = oracle.layer_backward(walked, weights, *d_there, reverse=reverse)
 
-    states = [c0[None], stacked(walked, "c")]
-    c = np.concatenate(states[:: -1 if reverse else 1])
-    gates = np.concatenate([stacked(walked, gate) for gate in "ifgo"], axis=2)
-    d_given = [d if there else None for d, there in zip(tensors(d_results, device), subset, strict=True)]
-    d_gates, d_h0, d_c0, d_h_all, hidden_all = reference.recurrence_backward(
-        *d_given,
-        *tensors((gates, c, weights.hh, weights.hr), device),
-        None if lengths is None else torch.tensor(lengths, device=device),
-        reverse,
-    )
-    assert_same((d_gates, d_h0, d_c0), (expected.gates, expected.h0, expected.c0))
+    gates = x @ weights.ih.T + weights.b_ih + weights.b_hh
+    walk = walk_of(*tensors((gates, h0, c0, weights.hh, weights.hr), device), reverse)
+    reference_recurrence.recurrence_forward(walk)
+    d_output, d_h_n, d_c_n = (d if there else None for d, there in zip(tensors(d_results, device), subset, strict=True))
+    d_h_n, d_c_n = (None if d is None else d[None] for d in (d_h_n, d_c_n))
+    d_output = None if d_output is None else d_output[:, :, None]
+    gradients = recurrence.new_gradients(walk, d_output, None, d_h_n, d_c_n, False)
+    reference_recurrence.recurrence_backward(walk, gradients)
+    found = (gradients.d_gates[0], gradients.d_h[0], gradients.d_c[0])
+    assert_same(found, (expected.gates, expected.h0, expected.c0))
     if weights.hr is None:
-        assert d_h_all is hidden_all is None
+        assert gradients.d_projected is gradients.hidden is None
     else:  # the caller's product over both is the gradient of weight_hr
-        assert_same((torch.einsum("tnp,tnh->ph", d_h_all, hidden_all),), (expected.weights.hr,))
-        assert_same((hidden_all,), (stacked(walked, "hidden"),))
+        product = torch.einsum("dtnp,dtnh->ph", gradients.d_projected, gradients.hidden)
+        assert_same((product,), (expected.weights.hr,))
+        assert_same((gradients.hidden[0],), (stacked(walked, "hidden"),))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -149,10 +156,11 @@ def test_cell_state_is_float32(dtype, device):
     gates = torch.full((300, 1, 4), -30.0, dtype=dtype, device=device)  # i and o are 0
     gates[:, :, 1] = 8.0  # f is 0.99966, which bfloat16 and float16 round to 1
     h0, c0 = torch.zeros(1, 1, dtype=dtype, device=device), torch.ones(1, 1, dtype=dtype, device=device)
-    _, c = reference.recurrence_forward(gates, h0, c0, torch.zeros(4, 1, dtype=dtype, device=device), None, False, True)
+    walk = walk_of(gates, h0, c0, torch.zeros(4, 1, dtype=dtype, device=device))
+    reference_recurrence.recurrence_forward(walk)
     exact = torch.sigmoid(torch.tensor(8.0, dtype=torch.float64)) ** 300
-    assert c.dtype == torch.float32
-    torch.testing.assert_close(c[-1].double().cpu().squeeze(), exact, rtol=1e-5, atol=0)
+    assert walk.c.dtype == torch.float32
+    torch.testing.assert_close(walk.c[0, -1].double().cpu().squeeze(), exact, rtol=1e-5, atol=0)
 
 
 DERIVED = {
