@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fused_lstm.kernels import persistent_launch
 from fused_lstm.kernels.activations import sigmoid, tanh
@@ -85,18 +84,20 @@ def product(w, ptrs, K_SIZES: tl.constexpr, K_STARTS: tl.constexpr, AT_ONCE: tl.
     return acc
 
 
-@triton.jit(do_not_specialize=["steps", "batch_size"])  # one compilation serves every length and batch
+@triton.jit(do_not_specialize=["steps", "batch_size", "backwards"])  # one compilation serves every value of these
 def forward_kernel(
-    gates_ptr,  # (T, N, 4H): the input product; the activated gates on return, if SAVE
-    weight_ptr,  # (4H, H)
-    exchange_ptr,  # (2, batch tiles * ROWS, K): h that enters a step, zero beyond N and H; [0] holds h0
-    output_ptr,  # (T, N, H): written
-    c_ptr,  # (T + 1, N, H), or (1, N, H) if not SAVE: float32; c0 where the walk starts
-    counter_ptr,  # (batch tiles,) int32 zeros
+    gates_ptr,  # (D, T, N, 4H): the input product; the activated gates on return, if SAVE
+    weight_ptr,  # (4H, H): of the first direction
+    second_weight_ptr,  # (4H, H): of the second, or None
+    exchange_ptr,  # (D, 2, batch tiles * ROWS, K): h that enters a step, zero beyond N and H; [:, 0] holds h0
+    output_ptr,  # (T, N, D, H), rows OUTPUT_PITCH apart: written
+    c_ptr,  # (D, T + 1, N, H), or (D, 1, N, H) if not SAVE: float32; c0 where the walk starts
+    counter_ptr,  # (batch tiles, D) int32 zeros
     steps,
     batch_size,
-    REVERSE: tl.constexpr,
+    backwards,  # bit d: direction d walks from the last step to the first
     H: tl.constexpr,
+    OUTPUT_PITCH: tl.constexpr,
     UNITS: tl.constexpr,
     ROWS: tl.constexpr,
     K_SIZES: tl.constexpr,
@@ -110,6 +111,7 @@ def forward_kernel(
 ):
     tile = tl.program_id(0)
     batch_tile = tl.program_id(1)
+    direction = tl.program_id(2)
     K: tl.constexpr = K_STARTS[len(K_SIZES) - 1] + K_SIZES[len(K_SIZES) - 1]
     PROGRAMS: tl.constexpr = K // UNITS
     unit = tile * UNITS + tl.arange(0, UNITS)
@@ -120,6 +122,8 @@ def forward_kernel(
         mask = (unit < H)[:, None] & (row < batch_size)[None, :]
         other = 0.0
 
+    if second_weight_ptr is not None:
+        weight_ptr = tl.where(direction == 0, weight_ptr, second_weight_ptr)
     gate_row = tl.arange(0, 4 * UNITS)
     weight_unit = tile * UNITS + gate_row // 4
     weight_row = (gate_row % 4) * H + weight_unit
@@ -131,20 +135,26 @@ def forward_kernel(
         w = w + (tl.load(ptrs, mask=inside, other=0.0),)  # noqa: RUF005
 
     # int64: step * batch_size * 4 * H can pass 2**31
-    step_size = batch_size.to(tl.int64) * H
-    if REVERSE:
-        gates_ptr += (steps - 1) * 4 * step_size
-        output_ptr += (steps - 1) * step_size
-        if SAVE:
-            c_ptr += steps * step_size
-        step_size = -step_size
+    back = (backwards >> direction) & 1
+    first = (back * (steps - 1)).to(tl.int64) * batch_size
+    start = (direction * steps).to(tl.int64) * batch_size + first
+    gates_ptr += start * (4 * H)
+    output_ptr += first * OUTPUT_PITCH + direction * H
+    if SAVE:
+        c_ptr += (start + (direction + back) * batch_size) * H
+    else:
+        c_ptr += direction * batch_size * H
+    ahead = tl.where(back == 1, -batch_size, batch_size)  # int32 as far as here: then one instruction moves a pointer
+    step_size = ahead.to(tl.int64) * H
+    output_step = ahead.to(tl.int64) * OUTPUT_PITCH
     state = row[None, :] * H + unit[:, None]
     gate_ptrs = gates_ptr + row[None, :] * (4 * H) + unit[:, None]
-    output_ptrs = output_ptr + state
+    output_ptrs = output_ptr + row[None, :] * OUTPUT_PITCH + unit[:, None]
     c_ptrs = c_ptr + state
     exchange_size = tl.num_programs(1) * ROWS * K
-    x_ptrs = exchange_ptr + row[None, :] * K
+    x_ptrs = exchange_ptr + direction * 2 * exchange_size + row[None, :] * K
     h_ptrs = x_ptrs + unit[:, None]
+    counter = counter_ptr + batch_tile * tl.num_programs(2) + direction
 
     c = tl.load(c_ptrs, mask=mask, other=other)
     i_in, f_in, g_in, o_in = load_gates(gate_ptrs, H, mask, other)
@@ -162,12 +172,12 @@ def forward_kernel(
         slot = 1 - slot
         tl.store(h_ptrs + slot * exchange_size, h)
         if PROGRAMS > 1:
-            arrive(counter_ptr + batch_tile)
+            arrive(counter)
         else:
             tl.debug_barrier()
         # from here to the wait nobody is kept waiting
         tl.store(output_ptrs, h, mask=mask)
-        output_ptrs += step_size
+        output_ptrs += output_step
         if SAVE:
             c_ptrs += step_size
             tl.store(c_ptrs, c, mask=mask)
@@ -177,7 +187,7 @@ def forward_kernel(
         )  # after the last step it is read once more, for nothing
         i_in, f_in, g_in, o_in = load_gates(gate_ptrs, H, mask, other)
         if PROGRAMS > 1 and step + 1 < steps:
-            wait(counter_ptr + batch_tile, (step + 1) * PROGRAMS)
+            wait(counter, (step + 1) * PROGRAMS)
     if not SAVE:
         tl.store(c_ptrs, c, mask=mask)
 
@@ -196,33 +206,31 @@ def forward_tiling(config: PersistentConfig, hidden_size: int, masked: bool) -> 
     }
 
 
-def recurrence_forward(
-    gates: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    weight_hh: Tensor,
-    weight_hr: Tensor | None,
-    reverse: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    """As `fused_lstm.reference.recurrence_forward`: shapes, order and dtypes are told there. weight_hr is None."""
-    steps, batch_size, hidden_size = gates.size(0), gates.size(1), gates.size(2) // 4
-    output = gates.new_empty(steps, batch_size, hidden_size)
-    c = gates.new_empty(steps + 1 if save else 1, batch_size, hidden_size, dtype=torch.float32)
-    c[-1 if reverse else 0].copy_(c0)
+def recurrence_forward(walk: Any) -> None:
+    """Fills the buffers of a `fused_lstm.recurrence.Walk`."""
+    directions, _, batch_size, gate_size = walk.gates.shape
     if batch_size == 0:
-        return output, c
-    config = persistent_launch.config_for(gates, hidden_size, batch_size)
-    exchange = gates.new_zeros(2, config.batch_tiles * config.rows, sum(config.forward_k))
-    exchange[0, :batch_size, :hidden_size].copy_(h0)
-    counters = gates.new_zeros(config.batch_tiles, dtype=torch.int32)
+        return
+    config = persistent_launch.config_for(walk.gates, gate_size // 4, batch_size, directions)
+    for which in persistent_launch.in_turn(config, directions):
+        _walk(persistent_launch.of_directions(walk, which), config)
+
+
+def _walk(walk: Any, config: PersistentConfig) -> None:
+    """One launch: all directions at once."""
+    gates, parameters = walk.gates, walk.parameters
+    directions, steps, batch_size, hidden_size = *gates.shape[:3], gates.size(3) // 4
+    exchange = gates.new_zeros(directions, 2, config.batch_tiles * config.rows, sum(config.forward_k))
+    exchange[:, 0, :batch_size, :hidden_size].copy_(walk.h0)
+    counters = gates.new_zeros(config.batch_tiles, directions, dtype=torch.int32)
+    weights = [p.weight_hh.contiguous() for p in parameters]
     masked = persistent_launch.is_masked(config, hidden_size, batch_size)
     constants = forward_tiling(config, hidden_size, masked) | {
-        "REVERSE": reverse,
-        "SAVE": save,
+        "OUTPUT_PITCH": walk.output.stride(1),
+        "SAVE": walk.save,
         "PRECISION": "tf32",
         "APPROX": gates.dtype == torch.bfloat16,
     }
-    tensors = [gates, weight_hh.contiguous(), exchange, output, c, counters]
-    persistent_launch.launch(forward_kernel, config, tensors, (steps, batch_size), constants)
-    return output, c
+    tensors = [gates, weights[0], weights[1] if directions > 1 else None, exchange, walk.output, walk.c, counters]
+    backwards = sum(reverse << d for d, reverse in enumerate(walk.reverse))
+    persistent_launch.launch(forward_kernel, config, tensors, (steps, batch_size, backwards), constants)

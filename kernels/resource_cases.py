@@ -67,21 +67,27 @@ def _persistent(capability: int) -> Iterator[Case]:
         except DoesNotFit:
             continue
         masked = is_masked(config, hidden_size, batch_size)
-        yield _persistent_forward(dtype, hidden_size, config, masked, save=True)
+        yield _persistent_forward(dtype, hidden_size, config, masked)
         yield _persistent_backward(dtype, hidden_size, config, masked)
         if (dtype, hidden_size) == ("bf16", 512) and batch_size == 16:
             yield _persistent_forward(dtype, hidden_size, config, masked, save=False)
+            yield _persistent_forward(dtype, hidden_size, config, masked, directions=2)
             yield _persistent_backward(dtype, hidden_size, config, masked, lengths=True)
 
 
-def _persistent_forward(dtype: str, hidden_size: int, config: PersistentConfig, masked: bool, save: bool) -> Case:
+def _persistent_forward(
+    dtype: str, hidden_size: int, config: PersistentConfig, masked: bool, save: bool = True, directions: int = 1
+) -> Case:
     constants = forward_tiling(config, hidden_size, masked) | {
-        "REVERSE": False,
+        "OUTPUT_PITCH": directions * hidden_size,
         "SAVE": save,
         "PRECISION": "tf32",
         "APPROX": dtype == "bf16",
     }
-    name = f"persistent forward, {dtype}, H {hidden_size}, {config.rows} rows" + ", inference" * (not save)
+    if directions == 1:
+        constants["second_weight_ptr"] = None
+    variant = ", inference" * (not save) + ", both directions" * (directions == 2)
+    name = f"persistent forward, {dtype}, H {hidden_size}, {config.rows} rows{variant}"
     types = _pointer_types(dtype, "c_ptr") | {"counter_ptr": "*i32"}
     return Case(name, forward_kernel, constants, types, config.num_warps, loops=True)
 

@@ -83,29 +83,34 @@ def _tool(compiled: Any, name: str, *options: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _instructions(disassembly: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
-    """(opcode without predicate and suffixes, its operands) in order, without the padding; and where each label is."""
+def _instructions(disassembly: str) -> tuple[list[tuple[str, str, str]], dict[str, int]]:
+    """(predicate, opcode without suffixes, its operands) in order, without the padding; and where each label is."""
     code, labels = [], {}
     for line in disassembly.splitlines():
         if match := re.match(r"\s*(\.L_\S+):", line):
             labels[match[1]] = len(code)
-        match = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\w+)(.*?);", line)
-        if match and match[1] != "NOP":
-            code.append((match[1], match[2]))
+        match = re.search(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?(\w+)(.*?);", line)
+        if match and match[2] != "NOP":
+            code.append((match[1] or "", match[2], match[3]))
     return code, labels
 
 
 def _whole(disassembly: str) -> list[str]:
-    return [opcode for opcode, _ in _instructions(disassembly)[0]]
+    return [opcode for _, opcode, _ in _instructions(disassembly)[0]]
 
 
 def _time_loop(disassembly: str) -> list[str]:
-    """The opcodes of the longest backward branch, from its target to itself."""
+    """The opcodes of the longest backward branch, from its target to itself.
+
+    A branch back over the kernel's end is none: so comes back what is rarely done and therefore stands behind it.
+    """
     code, labels = _instructions(disassembly)
     turns = [
         (labels[match[1]], end)
-        for end, (opcode, operands) in enumerate(code)
+        for end, (_, opcode, operands) in enumerate(code)
         if opcode == "BRA" and (match := re.search(r"`\((\.L_\S+)\)", operands)) and labels[match[1]] < end
     ]
+    ends = [end for end, (predicate, opcode, _) in enumerate(code) if opcode == "EXIT" and not predicate]
+    turns = [(start, end) for start, end in turns if not any(start < other < end for other in ends)]
     start, end = max(turns, key=lambda turn: turn[1] - turn[0])
-    return [opcode for opcode, _ in code[start : end + 1]]
+    return [opcode for _, opcode, _ in code[start : end + 1]]

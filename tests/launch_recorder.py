@@ -15,6 +15,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 STREAM = 1234
+# (steps, rows, does a direction walk backwards?): ragged tiles all
+PERSISTENT_WALKS = [
+    (1, 1, (False,)),
+    (2, 3, (True,)),
+    (16, 15, (False,)),
+    (17, 1, (True,)),
+    (1, 1, (False, True)),
+    (16, 3, (True, False)),
+]
 
 
 class Recorder:
@@ -83,17 +92,25 @@ def record_persistent() -> dict:
     from fused_lstm.kernels.devices import KNOWN_DEVICES
     from fused_lstm.kernels.persistent_backward import backward_kernel
     from fused_lstm.kernels.persistent_forward import forward_kernel
+    from fused_lstm.recurrence import new_gradients, new_walk
+    from fused_lstm.reference import NOTHING, Parameters
 
     persistent_launch.cuda_device = lambda _index: KNOWN_DEVICES["h100"]
     torch.cuda.current_device = lambda: 0
     Recorder.launches.clear()
     hidden_size = 128
-    weight_hh = torch.zeros(4 * hidden_size, hidden_size, dtype=torch.bfloat16)
-    for steps, batch_size in ((1, 1), (2, 3), (16, 15), (17, 1)):  # ragged tiles all
-        gates = torch.zeros(steps, batch_size, 4 * hidden_size, dtype=torch.bfloat16)
-        state = torch.zeros(batch_size, hidden_size, dtype=torch.bfloat16)
-        output, c = persistent.recurrence_forward(gates, state, state, weight_hh, None, False, True)
-        persistent.recurrence_backward(output, None, state, gates, c, weight_hh, None, None, False)
+    half = {"dtype": torch.bfloat16}
+    weight_hh = torch.zeros(4 * hidden_size, hidden_size, **half)
+    parameters = Parameters(weight_hh, weight_hh)
+    for steps, batch_size, reverse in PERSISTENT_WALKS:
+        directions = len(reverse)
+        gates = torch.zeros(directions, steps, batch_size, 4 * hidden_size, **half)
+        output = torch.zeros(steps, batch_size, directions, hidden_size, **half)
+        state = torch.zeros(directions, batch_size, hidden_size, **half)
+        of_each = (parameters,) * directions, (NOTHING,) * directions
+        walk = new_walk(gates, output, state, state, *of_each, None, reverse, True)
+        persistent.recurrence_forward(walk)
+        persistent.recurrence_backward(walk, new_gradients(walk, output, None, None, state, False))
     compilations = [sum(len(c[0]) for c in k.device_caches.values()) for k in (forward_kernel, backward_kernel)]
     return {"launches": Recorder.launches.copy(), "compilations": compilations}
 

@@ -19,6 +19,7 @@ DISASSEMBLY = """
         /*0060*/                   EXIT ;
 .L_x_3:
         /*0070*/                   BRA `(.L_x_3);
+        /*0078*/                   BRA `(.L_x_1) ;
         /*0080*/                   NOP ;
 """
 
@@ -45,10 +46,10 @@ print(json.dumps(found))
 
 
 def test_opcodes_are_counted_without_predicates_suffixes_and_padding():
-    assert resources._whole(DISASSEMBLY) == ["LDC", "LDG", "BAR", "BRA", "MUFU", "BRA", "EXIT", "BRA"]
+    assert resources._whole(DISASSEMBLY) == ["LDC", "LDG", "BAR", "BRA", "MUFU", "BRA", "EXIT", "BRA", "BRA"]
 
 
-def test_the_time_loop_is_the_longest_backward_branch():
+def test_the_time_loop_is_the_longest_backward_branch_within_the_kernel():
     assert resources._time_loop(DISASSEMBLY) == ["LDG", "BAR", "BRA", "MUFU", "BRA"]
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launch_recorder import PERSISTENT_WALKS
 
 STEPS, BATCH_SIZE, HIDDEN_SIZE, BLOCK = 3, 2, 160, 128
 
@@ -62,12 +63,20 @@ def test_nothing_of_the_stepwise_backend_is_cooperative(recorded):
 
 def test_persistent_is_one_cooperative_launch_each_way(recorded):
     launches = recorded["persistent"]["launches"]
-    assert [launch["kernel"] for launch in launches] == ["forward_kernel", "backward_kernel"] * 4
+    assert [launch["kernel"] for launch in launches] == ["forward_kernel", "backward_kernel"] * len(PERSISTENT_WALKS)
     assert all(launch["cooperative"] for launch in launches)
-    assert all(launch["grid"] == [8, 1, 1] for launch in launches)  # 128 units, 16 a program; 16 rows a tile
-    sizes = [(launch["arguments"]["steps"], launch["arguments"]["batch_size"]) for launch in launches]
-    assert sizes == [size for size in ((1, 1), (2, 3), (16, 15), (17, 1)) for _ in range(2)]
+    for launch, (steps, batch_size, reverse) in zip(launches[::2], PERSISTENT_WALKS, strict=True):
+        arguments = launch["arguments"]
+        assert launch["grid"] == [8, 1, len(reverse)]  # 128 units, 16 a program; 16 rows a tile
+        assert [arguments[name] for name in ("steps", "batch_size")] == [steps, batch_size]
+        assert arguments["backwards"] == reverse[0] + 2 * reverse[-1] * (len(reverse) > 1)
+    for forward, backward in zip(launches[::2], launches[1::2], strict=True):
+        assert backward["grid"] == forward["grid"]
+        assert [backward["arguments"][name] for name in ("steps", "batch_size")] == [
+            forward["arguments"][name] for name in ("steps", "batch_size")
+        ]
 
 
-def test_length_and_batch_compile_nothing_new(recorded):
-    assert recorded["persistent"]["compilations"] == [1, 1]
+def test_length_batch_and_order_compile_nothing_new(recorded):
+    """One direction and both are two kernels."""
+    assert recorded["persistent"]["compilations"] == [2, 2]

@@ -1,0 +1,99 @@
+"""The persistent forward kernel, every program of a grid alive at once, against the reference."""
+
+import pytest
+import torch
+import walks
+from concurrent_interpreter import Deadlock
+from tolerance import assert_as_accurate
+from walks import PLAIN
+
+from fused_lstm import reference_recurrence
+from fused_lstm.kernels import persistent_forward, persistent_launch
+from fused_lstm.kernels.devices import KNOWN_DEVICES
+
+pytest_plugins = ["persistent_grids"]
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
+
+BUFFERS = ("gates", "product", "output", "entered", "c")
+
+
+def run(backend, inputs, save=True):
+    """Every buffer of the walk that is there, filled by a backend."""
+    walk = walks.walk_of(inputs, save)
+    backend.recurrence_forward(walk)
+    names = BUFFERS if save else ("output", "c")
+    return {name: getattr(walk, name) for name in names if getattr(walk, name) is not None}
+
+
+def check(inputs, save=True):
+    actual = run(persistent_forward, inputs, save)
+    same_dtype = run(reference_recurrence, inputs, save)
+    exact = run(reference_recurrence, walks.cast(inputs, torch.float64), save)
+    for name, result in actual.items():
+        assert_as_accurate(result, same_dtype[name], exact[name])
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch_size", "hidden_size", "reverse", "expected"),
+    [
+        (3, 13, 40, (False,), (1, 1, 1)),  # one program waits for nobody
+        (4, 13, 100, (True,), (8, 1, 1)),  # tiles reach beyond N and H; two steps of each parity
+        (2, 18, 128, (False,), (8, 2, 1)),  # the second batch tile is ragged
+        (1, 16, 65, (False,), (8, 1, 1)),  # one step, no wait
+        (3, 18, 40, (False, True), (1, 2, 2)),
+        (3, 3, 100, (False, True), (8, 1, 2)),
+        (2, 16, 128, (True, True), (8, 1, 2)),
+    ],
+)
+def test_matches_the_reference(steps, batch_size, hidden_size, reverse, expected, grids, device):
+    check(walks.make_inputs(steps, batch_size, hidden_size, PLAIN, reverse=reverse, device=device))
+    assert grids == [expected]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_matches_the_reference_in_two_bytes(dtype, grids, device):
+    check(walks.make_inputs(3, 13, 100, PLAIN, dtype=dtype, device=device))
+    assert len(grids) == 1
+
+
+def test_directions_that_do_not_fit_together_walk_one_after_the_other(grids, device, monkeypatch):
+    one = persistent_launch.persistent_config(KNOWN_DEVICES["h100"], 4, 100, 3)
+    monkeypatch.setattr(persistent_launch, "persistent_config", lambda *_: one)
+    check(walks.make_inputs(3, 3, 100, PLAIN, reverse=(False, True), device=device))
+    assert grids == [(8, 1, 1)] * 2
+
+
+@pytest.mark.parametrize("hidden_size", [40, 100])
+def test_without_saving_the_results_are_the_same(hidden_size, grids, device):
+    inputs = walks.make_inputs(3, 2, hidden_size, PLAIN, reverse=(False, True), device=device)
+    saved = run(persistent_forward, inputs)
+    alone = run(persistent_forward, inputs, save=False)
+    torch.testing.assert_close(alone["output"], saved["output"], rtol=0, atol=0)
+    torch.testing.assert_close(alone["c"][:, 0], torch.stack([saved["c"][0, -1], saved["c"][1, 0]]), rtol=0, atol=0)
+    assert len(grids) == 2
+
+
+def test_an_empty_batch_launches_nothing(grids, device):
+    walk = walks.walk_of(walks.make_inputs(3, 0, 100, PLAIN, device=device))
+    persistent_forward.recurrence_forward(walk)
+    assert grids == []
+
+
+@pytest.mark.usefixtures("grids", "late_program")
+def test_a_missing_wait_shows(skip_call):
+    skip_call(persistent_forward, "wait")
+    with pytest.raises(AssertionError, match="error"):
+        check(walks.make_inputs(3, 2, 100))
+
+
+@pytest.mark.usefixtures("grids")
+def test_a_missing_arrival_is_a_deadlock(skip_call, patience):
+    patience.seconds = 5  # enough for a grid of this size that does end
+    skip_call(persistent_forward, "arrive")
+    with pytest.raises(Deadlock, match="programs still wait"):
+        check(walks.make_inputs(3, 2, 100))
+
+
+def test_the_interpreter_alone_refuses_programs_that_wait(device):
+    with pytest.raises(RuntimeError, match="one program after another"):
+        persistent_forward.recurrence_forward(walks.walk_of(walks.make_inputs(2, 2, 100, device=device)))
