@@ -17,9 +17,10 @@ _SHARED = ("n", "losses", "averaging", "swapped")
 class NTASGD(Optimizer):
     """Non-monotonically triggered averaged SGD (Merity et al. 2017, Algorithm 1).
 
-    Plain SGD: w ← w - lr (∇ + weight_decay · w). `log` takes the validation losses and once starts, for good, the
-    averaging: from then on each parameter has beside it the mean of its values after each `step` since. The steps
-    themselves go on as before. `swap` puts the averages into the parameters for an evaluation and takes them out again:
+    Plain SGD: w ← w - lr (∇ + weight_decay · w). `log` takes the validation losses, and at one of them it starts the
+    averaging for good: from then on each parameter has beside it the mean of its values after each `step` since. The
+    steps themselves go on as before. `swap` puts the averages into the parameters for an evaluation and takes them out
+    again:
 
         for epoch in range(epochs):
             train(model, optimizer)
