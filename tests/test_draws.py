@@ -128,9 +128,7 @@ def test_nothing_is_drawn_in_evaluation(option, backend, device):
     before = random_state(device)
     found = oracle.run(module, call)
     assert torch.equal(random_state(device), before)
-    assert_equal(
-        found, oracle.run(plain, call) | {f"d_{name}": found[f"d_{name}"] for name, _ in module.named_parameters()}
-    )
+    assert_equal(found, oracle.run(plain, call))
     torch.manual_seed(10)
     assert_equal(oracle.run(module, call, seed=10), found)
 
@@ -176,7 +174,7 @@ def test_one_drops_a_layers_input(locked, backend, device):
     other = make_call(module)._replace(input=randn(5, 3, 3, seed=50, device=device, requires_grad=True))
     assert torch.equal(found["output"], oracle.run(module, other)["output"])
     assert not found["d_weight_ih_l1"].any()
-    assert not found["d_input"][:-1].isnan().any()
+    assert found["d_input"].isfinite().all()
 
 
 @EACH_BACKEND
