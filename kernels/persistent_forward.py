@@ -3,6 +3,9 @@
 A program owns UNITS units of one batch tile of ROWS rows. It computes gates^T[4 * UNITS, ROWS] = W[4 * UNITS, H] h^T,
 where row 4 * u + k of its tile is gate k of unit u, so that the four gates of a unit meet in one thread; in memory all
 is in torch's own order. Each step it writes its h into an exchange buffer that all programs of the batch tile read.
+
+What changes the h that enters a product (resets, recurrent masks) is done by the one program that writes it, not by the
+many that read it. An option that a layer has not is a pointer that is None, and costs nothing.
 """
 
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fused_lstm.kernels import persistent_launch
 from fused_lstm.kernels.activations import sigmoid, tanh
@@ -93,9 +97,21 @@ def forward_kernel(
     output_ptr,  # (T, N, D, H), rows OUTPUT_PITCH apart: written
     c_ptr,  # (D, T + 1, N, H), or (D, 1, N, H) if not SAVE: float32; c0 where the walk starts
     counter_ptr,  # (batch tiles, D) int32 zeros
+    # of the options, each None where it is not:
+    h0_ptr,  # (D, N, H), for zoneout_h
+    weight_ph_ptr,  # (D, 3H)
+    recurrent_mask_ptr,  # (D, N, H)
+    zoneout_h_ptr,  # (D, T, N, H) uint8
+    zoneout_c_ptr,  # (D, T, N, H) uint8
+    reset_ptr,  # (T, N) uint8
+    reset_h_ptr,  # (N, H)
+    reset_c_ptr,  # (N, H)
+    entered_ptr,  # (D, T, N, H): written
     steps,
     batch_size,
     backwards,  # bit d: direction d walks from the last step to the first
+    zoneout_h_rate: "fp32",  # noqa: F821 a type's name
+    zoneout_c_rate: "fp32",  # noqa: F821
     H: tl.constexpr,
     OUTPUT_PITCH: tl.constexpr,
     UNITS: tl.constexpr,
@@ -105,6 +121,8 @@ def forward_kernel(
     AT_ONCE: tl.constexpr,
     MASKED: tl.constexpr,  # the tiles do not divide N and H
     SAVE: tl.constexpr,
+    ZONEOUT_H: tl.constexpr,  # None, "mask" or "rate"
+    ZONEOUT_C: tl.constexpr,
     PRECISION: tl.constexpr,
     APPROX: tl.constexpr,
     HOIST: tl.constexpr,  # keep what does not change over the steps in registers, which are then full of descriptors
@@ -156,21 +174,69 @@ def forward_kernel(
     h_ptrs = x_ptrs + unit[:, None]
     counter = counter_ptr + batch_tile * tl.num_programs(2) + direction
 
+    if entered_ptr is not None:
+        entered_ptrs = entered_ptr + start * H + state
+        entered = tl.load(h_ptrs)
+    if ZONEOUT_H == "mask":
+        zoneout_h_ptrs = zoneout_h_ptr + start * H + state
+        zoned_h = tl.load(zoneout_h_ptrs, mask=mask, other=other)
+    if ZONEOUT_C == "mask":
+        zoneout_c_ptrs = zoneout_c_ptr + start * H + state
+        zoned_c = tl.load(zoneout_c_ptrs, mask=mask, other=other)
+    if ZONEOUT_H is not None:
+        h_old = tl.load(h0_ptr + direction * batch_size * H + state, mask=mask, other=other)
+    if weight_ph_ptr is not None:
+        weight_ph_ptrs = weight_ph_ptr + direction * 3 * H + unit[:, None]
+        peep_i = tl.load(weight_ph_ptrs, mask=(unit < H)[:, None], other=0.0).to(tl.float32)
+        peep_f = tl.load(weight_ph_ptrs + H, mask=(unit < H)[:, None], other=0.0).to(tl.float32)
+        peep_o = tl.load(weight_ph_ptrs + 2 * H, mask=(unit < H)[:, None], other=0.0).to(tl.float32)
+    if recurrent_mask_ptr is not None:
+        recurrent_ptrs = recurrent_mask_ptr + direction * batch_size * H + state
+        recurrent_mask = tl.load(recurrent_ptrs, mask=mask, other=other).to(tl.float32)
+    if reset_ptr is not None:
+        reset_ptrs = reset_ptr + first + row[None, :]
+        reset_mask = (row < batch_size)[None, :]
+        reset = tl.load(reset_ptrs, mask=reset_mask, other=0) != 0  # in this step; one step ahead, for the next
+        reset_ptrs += tl.where(steps > 1, ahead, 0)
+        reset_next = tl.load(reset_ptrs, mask=reset_mask, other=0) != 0
+        reset_h = tl.load(reset_h_ptr + state, mask=mask, other=other)
+        reset_c = tl.load(reset_c_ptr + state, mask=mask, other=other).to(tl.float32)
+        if ZONEOUT_H is not None:
+            h_old = tl.where(reset, reset_h, h_old)
+
     c = tl.load(c_ptrs, mask=mask, other=other)
     i_in, f_in, g_in, o_in = load_gates(gate_ptrs, H, mask, other)
     slot = 0  # of the two halves of the exchange, the one that this step reads
     for step in tl.range(0, steps, disable_licm=not HOIST):
         gates = product(w, x_ptrs + slot * exchange_size, K_SIZES, K_STARTS, AT_ONCE, PRECISION)
         i, f, g, o = split_gates(gates, UNITS, ROWS)
-        i = sigmoid(i + i_in.to(tl.float32), APPROX)
-        f = sigmoid(f + f_in.to(tl.float32), APPROX)
-        g = tanh(g + g_in.to(tl.float32), APPROX)
-        o = sigmoid(o + o_in.to(tl.float32), APPROX)
-        c = f * c + i * g
-        h = (o * tanh(c, APPROX)).to(output_ptr.dtype.element_ty)
+        if reset_ptr is not None:
+            c = tl.where(reset, reset_c, c)
+        i_in, f_in, g_in, o_in = i_in.to(tl.float32), f_in.to(tl.float32), g_in.to(tl.float32), o_in.to(tl.float32)
+        if weight_ph_ptr is not None:
+            i_in, f_in = i_in + peep_i * c, f_in + peep_f * c
+        i = sigmoid(i + i_in, APPROX)
+        f = sigmoid(f + f_in, APPROX)
+        g = tanh(g + g_in, APPROX)
+        c_new = f * c + i * g
+        if weight_ph_ptr is not None:
+            o_in += peep_o * c_new
+        o = sigmoid(o + o_in, APPROX)
+        h = (o * tanh(c_new, APPROX)).to(output_ptr.dtype.element_ty)
+        if ZONEOUT_H == "mask":
+            h = tl.where(zoned_h != 0, h_old, h)
+        elif ZONEOUT_H == "rate":
+            h = (zoneout_h_rate * h_old.to(tl.float32) + (1.0 - zoneout_h_rate) * h.to(tl.float32)).to(h.dtype)
+        x = h  # as it enters the next step
+        if reset_ptr is not None:
+            x = tl.where(reset_next, reset_h, h)
+        if ZONEOUT_H is not None:
+            h_old = x
+        if recurrent_mask_ptr is not None:
+            x = (x.to(tl.float32) * recurrent_mask).to(h.dtype)
         # Nobody still reads the half that is written now: whoever has arrived at this step's h had read the last one's.
         slot = 1 - slot
-        tl.store(h_ptrs + slot * exchange_size, h)
+        tl.store(h_ptrs + slot * exchange_size, x)
         if PROGRAMS > 1:
             arrive(counter)
         else:
@@ -178,6 +244,16 @@ def forward_kernel(
         # from here to the wait nobody is kept waiting
         tl.store(output_ptrs, h, mask=mask)
         output_ptrs += output_step
+        if entered_ptr is not None:
+            tl.store(entered_ptrs, entered, mask=mask)
+            entered_ptrs += step_size
+            entered = x
+        if ZONEOUT_C == "mask":
+            c = tl.where(zoned_c != 0, c, c_new)
+        elif ZONEOUT_C == "rate":
+            c = zoneout_c_rate * c + (1.0 - zoneout_c_rate) * c_new
+        else:
+            c = c_new
         if SAVE:
             c_ptrs += step_size
             tl.store(c_ptrs, c, mask=mask)
@@ -186,6 +262,16 @@ def forward_kernel(
             step + 1 < steps, 4 * step_size, 0
         )  # after the last step it is read once more, for nothing
         i_in, f_in, g_in, o_in = load_gates(gate_ptrs, H, mask, other)
+        if ZONEOUT_H == "mask":
+            zoneout_h_ptrs += tl.where(step + 1 < steps, step_size, 0)
+            zoned_h = tl.load(zoneout_h_ptrs, mask=mask, other=other)
+        if ZONEOUT_C == "mask":
+            zoneout_c_ptrs += tl.where(step + 1 < steps, step_size, 0)
+            zoned_c = tl.load(zoneout_c_ptrs, mask=mask, other=other)
+        if reset_ptr is not None:
+            reset = reset_next
+            reset_ptrs += tl.where(step + 2 < steps, ahead, 0)
+            reset_next = tl.load(reset_ptrs, mask=reset_mask, other=0) != 0
         if PROGRAMS > 1 and step + 1 < steps:
             wait(counter, (step + 1) * PROGRAMS)
     if not SAVE:
@@ -218,19 +304,63 @@ def recurrence_forward(walk: Any) -> None:
 
 def _walk(walk: Any, config: PersistentConfig) -> None:
     """One launch: all directions at once."""
-    gates, parameters = walk.gates, walk.parameters
+    gates, parameters, conditions = walk.gates, walk.parameters, walk.conditions
     directions, steps, batch_size, hidden_size = *gates.shape[:3], gates.size(3) // 4
+    entered = walk.h0
+    reset, reset_h, reset_c = conditions[0].reset, conditions[0].reset_h, conditions[0].reset_c
+    if reset is not None:
+        at_first = torch.stack([reset[-1 if reverse else 0] for reverse in walk.reverse])
+        entered = torch.where(at_first[:, :, None], reset_h, entered)
+    recurrent_mask = _stacked([c.recurrent_mask for c in conditions])
+    if recurrent_mask is not None:
+        entered = entered * recurrent_mask
     exchange = gates.new_zeros(directions, 2, config.batch_tiles * config.rows, sum(config.forward_k))
-    exchange[:, 0, :batch_size, :hidden_size].copy_(walk.h0)
-    counters = gates.new_zeros(config.batch_tiles, directions, dtype=torch.int32)
+    exchange[:, 0, :batch_size, :hidden_size].copy_(entered)
+    zoneouts = [_zoneout([getattr(c, name) for c in conditions]) for name in ("zoneout_h", "zoneout_c")]
+    (zoneout_h, zoneout_h_mask, zoneout_h_rate), (zoneout_c, zoneout_c_mask, zoneout_c_rate) = zoneouts
     weights = [p.weight_hh.contiguous() for p in parameters]
+    tensors = {
+        "gates_ptr": gates,
+        "weight_ptr": weights[0],
+        "second_weight_ptr": weights[1] if directions > 1 else None,
+        "exchange_ptr": exchange,
+        "output_ptr": walk.output,
+        "c_ptr": walk.c,
+        "counter_ptr": gates.new_zeros(config.batch_tiles, directions, dtype=torch.int32),
+        "h0_ptr": walk.h0 if zoneout_h is not None else None,
+        "weight_ph_ptr": _stacked([p.weight_ph for p in parameters]),
+        "recurrent_mask_ptr": recurrent_mask,
+        "zoneout_h_ptr": zoneout_h_mask,
+        "zoneout_c_ptr": zoneout_c_mask,
+        "reset_ptr": None if reset is None else reset.contiguous().view(torch.uint8),
+        "reset_h_ptr": None if reset is None else reset_h.contiguous(),
+        "reset_c_ptr": None if reset is None else reset_c.contiguous(),
+        "entered_ptr": walk.entered if walk.save else None,
+    }
+    backwards = sum(reverse << d for d, reverse in enumerate(walk.reverse))
     masked = persistent_launch.is_masked(config, hidden_size, batch_size)
     constants = forward_tiling(config, hidden_size, masked) | {
         "OUTPUT_PITCH": walk.output.stride(1),
         "SAVE": walk.save,
+        "ZONEOUT_H": zoneout_h,
+        "ZONEOUT_C": zoneout_c,
         "PRECISION": "tf32",
         "APPROX": gates.dtype == torch.bfloat16,
     }
-    tensors = [gates, weights[0], weights[1] if directions > 1 else None, exchange, walk.output, walk.c, counters]
-    backwards = sum(reverse << d for d, reverse in enumerate(walk.reverse))
-    persistent_launch.launch(forward_kernel, config, tensors, (steps, batch_size, backwards), constants)
+    in_order = [tensors[name] for name in forward_kernel.arg_names if name.endswith("_ptr")]
+    sizes = (steps, batch_size, backwards, zoneout_h_rate, zoneout_c_rate)
+    persistent_launch.launch(forward_kernel, config, in_order, sizes, constants)
+
+
+def _stacked(of_each: list[Tensor | None]) -> Tensor | None:
+    """(D, ...), contiguous; None where the directions have none."""
+    if of_each[0] is None:
+        return None
+    return of_each[0].contiguous()[None] if len(of_each) == 1 else torch.stack(of_each)
+
+
+def _zoneout(of_each: list[Tensor | float | None]) -> tuple[str | None, Tensor | None, float]:
+    """The kernel's flag, the masks (D, T, N, H) in bytes, and the rate, which is the same in all directions."""
+    if isinstance(of_each[0], Tensor):
+        return "mask", _stacked(of_each).view(torch.uint8), 0.0
+    return (None, None, 0.0) if of_each[0] is None else ("rate", None, of_each[0])

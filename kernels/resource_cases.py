@@ -72,23 +72,49 @@ def _persistent(capability: int) -> Iterator[Case]:
         if (dtype, hidden_size) == ("bf16", 512) and batch_size == 16:
             yield _persistent_forward(dtype, hidden_size, config, masked, save=False)
             yield _persistent_forward(dtype, hidden_size, config, masked, directions=2)
+            for option in _FORWARD_OPTIONS:
+                yield _persistent_forward(dtype, hidden_size, config, masked, option=option)
             yield _persistent_backward(dtype, hidden_size, config, masked, lengths=True)
 
 
+# What each option of the forward kernel has that the plain one has not.
+_FORWARD_OPTIONS = {
+    "peephole": {"weight_ph_ptr": "*fp32"},
+    "zoneout masks": {"zoneout_h_ptr": "*u8", "zoneout_c_ptr": "*u8", "h0_ptr": None},
+    "zoneout rates": {"h0_ptr": None},
+    "recurrent mask": {"recurrent_mask_ptr": None, "entered_ptr": None},
+    "reset": {"reset_ptr": "*u8", "reset_h_ptr": None, "reset_c_ptr": None, "entered_ptr": None},
+}
+
+
 def _persistent_forward(
-    dtype: str, hidden_size: int, config: PersistentConfig, masked: bool, save: bool = True, directions: int = 1
+    dtype: str,
+    hidden_size: int,
+    config: PersistentConfig,
+    masked: bool,
+    save: bool = True,
+    directions: int = 1,
+    option: str | None = None,
 ) -> Case:
+    zoneout = {"zoneout masks": "mask", "zoneout rates": "rate"}.get(option)
     constants = forward_tiling(config, hidden_size, masked) | {
         "OUTPUT_PITCH": directions * hidden_size,
         "SAVE": save,
+        "ZONEOUT_H": zoneout,
+        "ZONEOUT_C": zoneout,
         "PRECISION": "tf32",
         "APPROX": dtype == "bf16",
     }
+    pointers = {name: kind for kinds in _FORWARD_OPTIONS.values() for name, kind in kinds.items()}
+    present = _FORWARD_OPTIONS.get(option, {})
+    constants |= {name: None for name in pointers if name not in present}
     if directions == 1:
         constants["second_weight_ptr"] = None
     variant = ", inference" * (not save) + ", both directions" * (directions == 2)
+    variant += "" if option is None else f", {option}"
     name = f"persistent forward, {dtype}, H {hidden_size}, {config.rows} rows{variant}"
     types = _pointer_types(dtype, "c_ptr") | {"counter_ptr": "*i32"}
+    types |= {name: kind for name, kind in pointers.items() if kind is not None}
     return Case(name, forward_kernel, constants, types, config.num_warps, loops=True)
 
 

@@ -42,7 +42,7 @@ def compile_case(case: Case, capability: int) -> Any:
             signature[name] = case.pointer_types.get(name, case.pointer_types["*"])
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "i32"
+            signature[name] = case.kernel.params[index].annotation_type or "i32"
             if name == "hidden_size":
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=attributes)

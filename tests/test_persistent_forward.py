@@ -14,6 +14,8 @@ from fused_lstm.kernels.devices import KNOWN_DEVICES
 pytest_plugins = ["persistent_grids"]
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
 
+OPTIONS = [variant for variant in walks.SINGLE if variant.layer_norm is None and not variant.d_c_all]
+ALL_OPTIONS = [walks.COMBINED[0]._replace(zoneout=zoneout) for zoneout in ("masks", "rates")]
 BUFFERS = ("gates", "product", "output", "entered", "c")
 
 
@@ -63,9 +65,53 @@ def test_directions_that_do_not_fit_together_walk_one_after_the_other(grids, dev
     assert grids == [(8, 1, 1)] * 2
 
 
-@pytest.mark.parametrize("hidden_size", [40, 100])
-def test_without_saving_the_results_are_the_same(hidden_size, grids, device):
-    inputs = walks.make_inputs(3, 2, hidden_size, PLAIN, reverse=(False, True), device=device)
+@pytest.mark.parametrize("variant", OPTIONS, ids=str)
+@pytest.mark.parametrize(("steps", "batch_size", "hidden_size"), [(4, 3, 100), (3, 18, 40)])
+def test_options_match_the_reference(steps, batch_size, hidden_size, variant, grids, device):
+    check(walks.make_inputs(steps, batch_size, hidden_size, variant, reverse=(hidden_size == 100,), device=device))
+    assert len(grids) == 1
+
+
+@pytest.mark.parametrize("variant", ALL_OPTIONS, ids=str)
+@pytest.mark.parametrize(("steps", "hidden_size", "dtype"), [(3, 65, torch.float32), (1, 17, torch.bfloat16)], ids=str)
+def test_options_match_the_reference_together(steps, hidden_size, dtype, variant, grids, device):
+    inputs = walks.make_inputs(steps, 3, hidden_size, variant, reverse=(False, True), dtype=dtype, device=device)
+    check(inputs)
+    assert len(grids) == 1
+
+
+@pytest.mark.parametrize("alone", ["zoneout_h", "zoneout_c"])
+@pytest.mark.parametrize("zoneout", ["masks", "rates"])
+def test_one_state_zoned_out_alone(zoneout, alone, grids, device):
+    inputs = walks.make_inputs(3, 2, 17, walks.Variant(zoneout=zoneout), device=device)
+    without = {name: None for name in ("zoneout_h", "zoneout_c") if name != alone}
+    check(inputs._replace(conditions=(inputs.conditions[0]._replace(**without),)))
+    assert len(grids) == 1
+
+
+@pytest.mark.parametrize("zoneout", ["masks", "rates"])
+def test_a_reset_ends_what_is_not_a_number(zoneout, grids, device):
+    """It selects: no factor 0 would end a NaN, in a zoned-out value or in a masked one."""
+    inputs = walks.make_inputs(4, 3, 40, ALL_OPTIONS[0]._replace(zoneout=zoneout), device=device)
+    reset = torch.zeros(4, 3, dtype=torch.bool, device=device)
+    reset[0, 0] = reset[1, 1] = reset[3, 2] = True
+    conditions = (inputs.conditions[0]._replace(reset=reset),)
+    clean = run(persistent_forward, inputs._replace(conditions=conditions))
+    nan = {"h0": torch.full_like(inputs.h0, torch.nan), "c0": torch.full_like(inputs.c0, torch.inf)}
+    broken = run(persistent_forward, inputs._replace(conditions=conditions, **nan))
+    for row, first in ((0, 0), (1, 1), (2, 3)):
+        for name in ("gates", "output", "entered"):
+            of_row = slice(row, row + 1)
+            actual, expected = (b[name] if name == "output" else b[name][0] for b in (broken, clean))
+            torch.testing.assert_close(actual[first:, of_row], expected[first:, of_row], rtol=0, atol=0)
+            assert not actual[:first, of_row].isfinite().any()
+        torch.testing.assert_close(broken["c"][0, first + 1 :, row], clean["c"][0, first + 1 :, row], rtol=0, atol=0)
+    assert len(grids) == 2
+
+
+@pytest.mark.parametrize(("hidden_size", "variant"), [(100, PLAIN), (40, PLAIN), (40, ALL_OPTIONS[0])], ids=str)
+def test_without_saving_the_results_are_the_same(hidden_size, variant, grids, device):
+    inputs = walks.make_inputs(3, 2, hidden_size, variant, reverse=(False, True), device=device)
     saved = run(persistent_forward, inputs)
     alone = run(persistent_forward, inputs, save=False)
     torch.testing.assert_close(alone["output"], saved["output"], rtol=0, atol=0)
