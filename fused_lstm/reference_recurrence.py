@@ -99,22 +99,21 @@ class _GateNorms:
 
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
         self.weight, self.bias = weight.to(dtype), bias.to(dtype)
-        self.hidden_size = weight.size(0) // 4
+        self.size = [weight.size(0) // 4]
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The normalised and weighted sums (N, 4H); the normalised ones and the reciprocal deviations."""
-        rows = x.view(x.size(0), 4, self.hidden_size)
-        normal, _, rstd = torch.native_layer_norm(rows, [self.hidden_size], None, None, EPS)
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The normalised and weighted sums (N, 4H); the normalised ones, the means and the reciprocal deviations."""
+        normal, mean, rstd = torch.native_layer_norm(x.view(-1, 4, *self.size), self.size, None, None, EPS)
         normal = normal.view_as(x)
-        return torch.addcmul(self.bias, normal, self.weight), normal, rstd
+        return torch.addcmul(self.bias, normal, self.weight), normal, mean, rstd
 
-    def backward(self, d: Tensor, normal: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of x, of the weight and of the bias."""
-        d_normal = (d * self.weight).view(d.size(0), 4, self.hidden_size)
-        n = normal.view_as(d_normal)
-        along = (d_normal * n).mean(2, keepdim=True)
-        d_x = (d_normal - d_normal.mean(2, keepdim=True) - n * along) * rstd
-        return d_x.view_as(d), (d * normal).sum(0), d.sum(0)
+    def backward(self, d: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        """The gradient of x (N, 4H)."""
+        d_normal, x = ((d * self.weight).view(-1, 4, *self.size), x.view(-1, 4, *self.size))
+        d_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+            d_normal, x, self.size, mean, rstd, None, None, [True, False, False]
+        )
+        return d_x.view_as(d)
 
 
 def _select(reset: Tensor | None, at_reset: Tensor | None, state: Tensor) -> Tensor:
@@ -227,6 +226,12 @@ def _backward(walk: _Direction, gradients: Gradients) -> None:
     for buffer in sums.values():
         buffer.zero_()
     d_h, d_c = gradients.d_h, gradients.d_c  # what arrives from behind; then, what goes before
+    d_pre = torch.empty(walk.gates.shape[1:], dtype=dtype, device=walk.gates.device)
+    d_i, d_f, d_g, d_o = d_pre.chunk(4, dim=1)
+    # of the gates' norms, row by row; summed over the rows at the end
+    d_weights, d_biases = (
+        (torch.zeros_like(d_pre), torch.zeros_like(d_pre)) if cell.norm_gates is not None else (None, None)
+    )
     for t in reversed(walk.order):
         if gradients.d_output is not None:
             d_h = d_h + gradients.d_output[t]
@@ -243,7 +248,8 @@ def _backward(walk: _Direction, gradients: Gradients) -> None:
                 c = (f * c_before).addcmul_(i, g)
         else:
             if cell.norm_gates is not None:
-                pre, *saved_gates = cell.norm_gates(walk.gates[t].to(dtype))
+                sums_of_gates = walk.gates[t].to(dtype)
+                pre, normal_gates, *saved_gates = cell.norm_gates(sums_of_gates)
             else:
                 from_input, from_h = walk.gates[t].to(dtype), walk.product[t].to(dtype)
                 pre, *saved_input = cell.norm_ih(from_input)
@@ -264,8 +270,8 @@ def _backward(walk: _Direction, gradients: Gradients) -> None:
             gradients.d_projected[t].copy_(d_h)
             gradients.hidden[t].copy_(o * tanh_c)
             d_hidden = (gradients.d_projected[t] @ p.weight_hr).to(dtype)
-        d_o = d_hidden * tanh_c * o * (1 - o)
-        d_shown = d_hidden * o * (1 - tanh_c * tanh_c)
+        _sigmoid_backward(d_hidden * tanh_c, o, grad_input=d_o)
+        d_shown = torch.ops.aten.tanh_backward(d_hidden * o, tanh_c)
         if cell.norm_cell is not None and not cell.carries_norm:
             d_shown = _norm_cell_backward(cell, gradients, d_shown, raw, saved_c)
         d_c = d_c + d_shown
@@ -274,7 +280,9 @@ def _backward(walk: _Direction, gradients: Gradients) -> None:
             gradients.d_weight_ph[2 * H :] += (d_o * c).sum(0)
         if cell.carries_norm:
             d_c = _norm_cell_backward(cell, gradients, d_c, raw, saved_c)
-        d_pre = torch.cat((d_c * g * i * (1 - i), d_c * c_before * f * (1 - f), d_c * i * (1 - g * g), d_o), dim=1)
+        _sigmoid_backward(d_c * g, i, grad_input=d_i)
+        _sigmoid_backward(d_c * c_before, f, grad_input=d_f)
+        _tanh_backward(d_c * i, g, grad_input=d_g)
         d_c = d_c * f
         if cell.weight_ph is not None:
             d_i_f = d_pre[:, : 2 * H].view(-1, 2, H)
@@ -283,10 +291,6 @@ def _backward(walk: _Direction, gradients: Gradients) -> None:
         if d_c_kept is not None:
             d_c = d_c + d_c_kept
 
-        if cell.norm_gates is not None:
-            d_pre, d_weight, d_bias = cell.norm_gates.backward(d_pre, *saved_gates)
-            gradients.d_norm_weight.add_(d_weight)
-            gradients.d_norm_bias.add_(d_bias)
         if cell.norm_ih is not None:
             d_input, d_weight, d_bias = cell.norm_ih.backward(d_pre, from_input, *saved_input)
             gradients.d_norm_weight.add_(d_weight)
@@ -295,6 +299,10 @@ def _backward(walk: _Direction, gradients: Gradients) -> None:
             gradients.d_norm_hh_weight.add_(d_weight)
             gradients.d_gates[t].copy_(d_input)
             gradients.d_product[t].copy_(d_product)
+        elif cell.norm_gates is not None:
+            d_weights.addcmul_(d_pre, normal_gates)
+            d_biases.add_(d_pre)
+            gradients.d_gates[t].copy_(cell.norm_gates.backward(d_pre, sums_of_gates, *saved_gates))
         else:
             gradients.d_gates[t].copy_(d_pre)
 
@@ -308,8 +316,13 @@ def _backward(walk: _Direction, gradients: Gradients) -> None:
             d_h, d_c = (_stop(reset, d, total) for d, total in ((d_h, gradients.d_reset_h), (d_c, gradients.d_reset_c)))
     gradients.d_h.copy_(d_h)
     gradients.d_c.copy_(d_c)
+    if cell.norm_gates is not None:
+        torch.sum(d_weights, 0, out=gradients.d_norm_weight)
+        torch.sum(d_biases, 0, out=gradients.d_norm_bias)
 
 
+_sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input  # (d, y): d * y * (1 - y)
+_tanh_backward = torch.ops.aten.tanh_backward.grad_input  # (d, y): d * (1 - y * y)
 _SUMS = [
     "d_reset_h",
     "d_reset_c",

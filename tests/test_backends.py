@@ -14,6 +14,8 @@ CASE = {"dtype": torch.float32, "hidden_size": 64, "batch_size": 8}
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 UNKNOWN = "should be one of " + ", ".join(repr(name) for name in ("auto", *BACKENDS)) + ", got 'cudnn'"
 
+NO_KERNELS = "; ".join(f"nor {name}: Triton's kernels need a CUDA device" for name in ("persistent", "stepwise"))
+
 
 @pytest.fixture
 def compiled_kernels(monkeypatch):
@@ -42,31 +44,13 @@ def test_names():
 def test_automatic_plain_cell_is_torch(dtype, device):
     choice = select_backend(**{**CASE, "dtype": dtype}, device=device)
     if (dtype, device) == (torch.float16, "cpu"):
-        reason = "torch's own cannot: it takes float16 on few CPUs; nor stepwise: Triton's kernels need a CUDA device"
-        assert choice == BackendChoice("reference", reason)
+        assert choice == BackendChoice("reference", f"torch's own cannot: it takes float16 on few CPUs; {NO_KERNELS}")
         return
     assert choice.name == "torch"
     if device == "cuda":
         assert choice.reason == f"cuDNN: no measurement yet says that ours is faster for H=64, N=8 in {dtype}"
     else:
         assert choice.reason == f"torch's own kernels, on {device}"
-
-
-@pytest.mark.usefixtures("compiled_kernels")
-@pytest.mark.parametrize(
-    ("reason", "options"),
-    [
-        ("torch.nn.LSTM takes no lengths (pack the sequence, or use another backend)", {"lengths": True}),
-        ("torch.nn.LSTM keeps the gates for its backward", {"recompute": True}),
-        ("torch.compile cannot trace torch.nn.LSTM", {"compiling": True}),
-    ],
-)
-def test_automatic_where_torch_cannot(reason, options):
-    on_cuda = select_backend(**CASE, **options, device="cuda")
-    assert on_cuda == BackendChoice("stepwise", f"torch's own cannot: {reason}")
-    on_cpu = select_backend(**CASE, **options, device="cpu")
-    expected = f"torch's own cannot: {reason}; nor stepwise: Triton's kernels need a CUDA device"
-    assert on_cpu == BackendChoice("reference", expected)
 
 
 @pytest.mark.usefixtures("no_triton")
@@ -109,7 +93,7 @@ def test_variable_reaches_every_door(name, monkeypatch, device):
         asked.append(choice.name)
         return choice
 
-    monkeypatch.setattr("fused_lstm.functional.select_backend", spy)
+    monkeypatch.setattr("fused_lstm._run.select_backend", spy)
     monkeypatch.setenv("FUSED_LSTM_BACKEND", name)
     module, cell = fused_lstm.LSTM(3, 4, device=device), fused_lstm.LSTMCell(3, 4, device=device)
     x, state = torch.zeros(5, 2, 3, device=device), (torch.zeros(2, 4, device=device),) * 2
@@ -130,6 +114,35 @@ def h100(monkeypatch):
     monkeypatch.setattr(persistent_launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(persistent_launch, "cuda_device", lambda _index: KNOWN_DEVICES["h100"])
+
+
+@pytest.mark.usefixtures("compiled_kernels", "h100")
+@pytest.mark.parametrize(
+    ("reason", "options"),
+    [
+        ("torch.nn.LSTM takes no lengths (pack the sequence, or use another backend)", {"lengths": True}),
+        ("torch.nn.LSTM keeps the gates for its backward", {"recompute": True}),
+        ("torch.compile cannot trace torch.nn.LSTM", {"compiling": True}),
+        ("torch.nn.LSTM knows no reset, states", {"options": ["reset", "states"]}),
+    ],
+)
+def test_automatic_where_torch_cannot(reason, options):
+    """One launch where it fits, a kernel a step where not; without a GPU the reference."""
+    on_cuda = select_backend(**CASE, **options, device="cuda:0")
+    assert on_cuda == BackendChoice("persistent", f"torch's own cannot: {reason}")
+    too_large = select_backend(**{**CASE, "hidden_size": 4096}, **options, device="cuda:0")
+    assert too_large.name == "stepwise"
+    assert too_large.reason.startswith(f"torch's own cannot: {reason}; nor persistent: 1024 KB of W_hh a program")
+    on_cpu = select_backend(**CASE, **options, device="cpu")
+    assert on_cpu == BackendChoice("reference", f"torch's own cannot: {reason}; {NO_KERNELS}")
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+def test_automatic_with_a_norm():
+    choice = select_backend(**CASE, layer_norm="gates", options=["zoneout"], device="cpu")
+    assert choice.reason.startswith("torch's own cannot: torch.nn.LSTM knows no layer_norm, zoneout; nor ")
+    expected = "layer_norm should be one of None, 'gates', 'projections', 'projections_cell', got 'batch'"
+    assert error_of(select_backend, **CASE, layer_norm="batch", device="cpu") == (ValueError, expected)
 
 
 @pytest.mark.usefixtures("compiled_kernels", "h100")
@@ -227,7 +240,7 @@ def test_autocast_decides_the_dtype(device, monkeypatch):
     asked = []
     select = _backends.select_backend
     monkeypatch.setattr(
-        "fused_lstm.functional.select_backend", lambda *a, **k: (asked.append(k["dtype"]), select(*a, **k))[1]
+        "fused_lstm._run.select_backend", lambda *a, **k: (asked.append(k["dtype"]), select(*a, **k))[1]
     )
     for dtype in (torch.float32, torch.float64):
         module = fused_lstm.LSTM(3, 4, dtype=dtype, backend="reference", device=device)
