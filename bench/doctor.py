@@ -1,5 +1,6 @@
 """The command `fused-lstm doctor`."""
 
+import copy
 import os
 import platform
 import traceback
@@ -26,6 +27,8 @@ _CASES = {
     "bfloat16, with lengths": {"dtype": torch.bfloat16, "lengths": True},
     "float32, under torch.compile": {"dtype": torch.float32, "compiling": True},
     "bfloat16, under torch.compile": {"dtype": torch.bfloat16, "compiling": True},
+    "bfloat16, layer_norm='gates'": {"dtype": torch.bfloat16, "layer_norm": "gates"},
+    "bfloat16, zoneout and reset": {"dtype": torch.bfloat16, "options": ("zoneout", "reset")},
 }
 _SIZES = {"hidden_size": 512, "batch_size": 16}
 
@@ -100,19 +103,30 @@ def _print_triton(console: Console, device: torch.device) -> bool:
 def _failure(device: torch.device) -> str | None:
     """What is wrong with a small training step on our kernels, or None."""
     torch.manual_seed(0)
-    theirs = torch.nn.LSTM(8, 16, device=device)
-    ours = fused_lstm.LSTM(8, 16, device=device, backend="stepwise")
-    ours.load_state_dict(theirs.state_dict())
+    # of a size whose persistent grid has programs that wait for each other
+    theirs = torch.nn.LSTM(8, 128, device=device)
     input = torch.randn(5, 4, 8, device=device)
+    sizes = {"device": device, "dtype": torch.float32, "hidden_size": 128, "batch_size": 4}
     try:
-        for lstm in (theirs, ours):
-            lstm(input)[0].square().sum().backward()
+        theirs(input)[0].square().sum().backward()
+        for backend in ("stepwise", "persistent"):
+            try:
+                fused_lstm.select_backend(backend, **sizes)
+            except ValueError:
+                if backend == "stepwise":
+                    raise
+                continue  # it need not fit every device; the table of grids says why
+            ours = fused_lstm.convert(copy.deepcopy(theirs), backend=backend)
+            ours.zero_grad()
+            ours(input)[0].square().sum().backward()
+            actual, expected = ours.weight_hh_l0.grad, theirs.weight_hh_l0.grad
+            error = ((actual - expected).abs().max() / expected.abs().max()).item()
+            # wide enough for TF32: this asks whether kernels run; how accurate they are is for `fused-lstm bench`
+            if not error < 0.01:
+                return f"a gradient of {backend} is {error:.0%} off torch's"
     except Exception as error:
         return last_line("".join(traceback.format_exception_only(error)))
-    actual, expected = ours.weight_hh_l0.grad, theirs.weight_hh_l0.grad
-    error = ((actual - expected).abs().max() / expected.abs().max()).item()
-    # wide enough for TF32: this asks whether kernels run; how accurate they are is for `fused-lstm bench`
-    return None if error < 0.01 else f"a gradient is {error:.0%} off torch's"
+    return None
 
 
 def _choices(device: torch.device) -> Table:
@@ -135,11 +149,12 @@ def _choices(device: torch.device) -> Table:
 def _print_grids(console: Console, device: fused_lstm.Device) -> None:
     console.print(
         f"{device.name}: {device.multiprocessors} multiprocessors, {device.shared_memory // 1024} KB of shared memory "
-        "a block. The persistent kernels' grid, programs by batch tiles of so many rows, where it fits at once:"
+        "a block. The persistent kernels' grid, programs by batch tiles of so many rows, where it fits at once; and "
+        "the rows of a tile where two directions walk at once in one grid, or - where one walks after the other:"
     )
     for name, element_size in (("bfloat16, float16", 2), ("float32 (TF32)", 4)):
         table = Table(title=name, title_justify="left", box=box.SIMPLE_HEAD)
-        for column in ("H", "N", "grid", "rows", "K in chunks", "h at once", "shared KB", "or why not"):
+        for column in ("H", "N", "grid", "rows", "K in chunks", "h at once", "shared KB", "rows of two", "or why not"):
             table.add_column(column)
         for hidden_size in _GRID_HIDDEN_SIZES:
             for batch_size in _GRID_BATCH_SIZES:
@@ -151,12 +166,14 @@ def _grid(device: fused_lstm.Device, element_size: int, hidden_size: int, batch_
     try:
         config = fused_lstm.persistent_config(device, element_size, hidden_size, batch_size)
     except fused_lstm.DoesNotFit as reason:
-        return ["", "", "", "", "", str(reason)]
+        return ["", "", "", "", "", "", str(reason)]
+    both = fused_lstm.persistent_config(device, element_size, hidden_size, batch_size, directions=2)
     return [
         f"{config.programs} x {config.batch_tiles}",
         str(config.rows),
         " + ".join(map(str, config.backward_k)),
         "yes" if config.at_once else "no",
         str(config.shared_memory // 1024),
+        str(both.rows) if both.directions == 2 else "-",
         "",
     ]

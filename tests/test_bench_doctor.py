@@ -62,6 +62,11 @@ def test_every_case_is_asked_of_the_library(monkeypatch, capsys):
         *plain,
         *((dtype, True, False) for dtype in (torch.float32, torch.bfloat16)),
         *((dtype, False, True) for dtype in (torch.float32, torch.bfloat16)),
+        *[(torch.bfloat16, False, False)] * 2,
+    ]
+    assert [(o.get("layer_norm"), o.get("options")) for _, o in asked[-2:]] == [
+        ("gates", None),
+        (None, ("zoneout", "reset")),
     ]
 
 
@@ -99,9 +104,9 @@ def test_the_trial_runs_the_kernels(device, monkeypatch):
     assert module._failure(device) is None
     forward = fused_lstm.LSTM.forward
     monkeypatch.setattr(fused_lstm.LSTM, "forward", lambda self, *a: (2 * forward(self, *a)[0], None))
-    assert module._failure(device) == "a gradient is 300% off torch's"
+    assert module._failure(device) == "a gradient of stepwise is 300% off torch's"
     monkeypatch.setattr(fused_lstm.LSTM, "forward", lambda self, *a: (torch.nan * forward(self, *a)[0], None))
-    assert module._failure(device) == "a gradient is nan% off torch's"
+    assert module._failure(device) == "a gradient of stepwise is nan% off torch's"
     monkeypatch.setattr(fused_lstm.LSTM, "forward", lambda *_: 1 / 0)
     assert module._failure(device) == "ZeroDivisionError: division by zero"
 
@@ -111,8 +116,8 @@ def test_the_grids_of_a_named_device(monkeypatch, capsys):
     assert main(["doctor", "--device-name", "h100"]) == 0
     lines = lines_of(capsys.readouterr().out)
     assert lines[0].startswith("H100: 132 multiprocessors, 227 KB of shared memory a block.")
-    assert "512 16 32 x 1 16 512 yes 80" in lines
-    assert "1024 128 64 x 2 64 512 + 512 no 192" in lines
+    assert "512 16 32 x 1 16 512 yes 80 16" in lines
+    assert "1024 128 64 x 2 64 512 + 512 no 192 -" in lines
     assert "1024 16 256 KB of W_hh a program are more than a block of H100 has" in lines  # in float32
 
 
