@@ -61,10 +61,11 @@ class CharModel(nn.Module):
 
 
 @torch.no_grad()
-def sample(model: CharModel, prompt: Tensor, length: int, *, seed: int) -> Tensor:
+def sample(model: nn.Module, prompt: Tensor, length: int, *, seed: int) -> Tensor:
     """Lets the model write on.
 
     Args:
+        model: a `CharModel`, or what returns logits and state likewise, and anything after them
         prompt: int64 (characters,), at least one
         length: how many characters to write
         seed: the same seed draws the same characters; the global generators are left alone
@@ -75,11 +76,11 @@ def sample(model: CharModel, prompt: Tensor, length: int, *, seed: int) -> Tenso
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
     training = model.training
     model.eval()
-    device = model.embedding.weight.device
+    device = next(model.parameters()).device
     written: list[Tensor] = []
     input, state = prompt, None
     for _ in range(length):
-        logits, state = model(input.to(device).unsqueeze(1), state)
+        logits, state, *_ = model(input.to(device).unsqueeze(1), state)
         probabilities = logits[-1, 0].double().softmax(dim=0).cpu()
         input = probabilities.multinomial(1, generator=generator)
         written.append(input)

@@ -4,8 +4,8 @@ import io
 from typing import Any
 
 from fused_lstm.bench.errors import UserError
+from fused_lstm.bench.learners import OURS
 from fused_lstm.bench.record import bits
-from fused_lstm.bench.training import OURS
 
 
 def require_matplotlib() -> None:
@@ -21,7 +21,7 @@ def require_matplotlib() -> None:
 
 
 def as_png(results: dict[str, Any]) -> bytes:
-    """Draws the losses of `record.collect` over the steps, in bits per character."""
+    """Draws the losses of `record.collect` over the steps, in bits per character or word."""
     from matplotlib.figure import Figure  # not pyplot, which looks for a screen
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
@@ -41,9 +41,11 @@ def as_png(results: dict[str, Any]) -> bytes:
             label=f"{name}, validation",
             **style,
         )
+        if learner["averaging_from"] is not None:
+            axes.axvline(learner["averaging_from"], color="gray", linestyle=":", linewidth=1, label="averaging begins")
     axes.axhline(results["unigram_bits"], color="gray", linestyle="--", linewidth=1, label="unigram entropy")
     axes.set_title(results["text"]["name"], parse_math=False)  # a $ in a file's name is no formula
-    axes.set(xlabel="step", ylabel="bits per character", ylim=(0, None))
+    axes.set(xlabel="step", ylabel=f"bits per {results['text']['unit']}", ylim=(0, None))
     axes.margins(x=0.02)
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)

@@ -17,9 +17,11 @@ def collect(training: Training, corpus: Corpus, choice: BackendChoice, sample: s
     """The record of a run that has validated at least once in its life and made a step in this process.
 
     Losses are in nats per character, one a step; `validation_bits` in bits per character, one for each of
-    `validation_steps`; `characters_per_second` is of this process.
+    `validation_steps`; `characters_per_second` is of this process. Of a text in words, all of these are of words, in
+    name and number. `averaging_from` is the step from which NTASGD has averaged, or None.
     """
     speeds = training.characters_per_second()
+    unit = corpus.unit
     return {
         "options": dataclasses.asdict(training.options),
         "device": str(training.device),
@@ -28,8 +30,9 @@ def collect(training: Training, corpus: Corpus, choice: BackendChoice, sample: s
         "text": {
             "name": corpus.name,
             "sha256": corpus.digest,
-            "characters": len(corpus.training) + len(corpus.validation),
-            "validation_characters": len(corpus.validation),
+            "unit": unit,
+            f"{unit}s": len(corpus.training) + len(corpus.validation),
+            f"validation_{unit}s": len(corpus.validation),
             "vocabulary": corpus.vocabulary,
         },
         "unigram_bits": corpus.unigram_bits(),
@@ -39,7 +42,8 @@ def collect(training: Training, corpus: Corpus, choice: BackendChoice, sample: s
             name: {
                 "losses": learner.losses,
                 "validation_bits": [bits(loss) for loss in learner.validation_losses],
-                "characters_per_second": speeds[name],
+                "averaging_from": learner.averaging_from,
+                f"{unit}s_per_second": speeds[name],
             }
             for name, learner in training.learners.items()
         },

@@ -11,29 +11,37 @@ from rich.table import Table
 
 from fused_lstm import BackendChoice
 from fused_lstm.bench.corpus import Corpus
+from fused_lstm.bench.learners import OURS, TORCHS
 from fused_lstm.bench.record import bits
-from fused_lstm.bench.training import OURS, TORCHS, Training
+from fused_lstm.bench.training import Training
 
 # Wide enough for "torch.nn.LSTM" over two columns of numbers.
 COLUMN = 12
 
 
 class Report:
-    """Prints a run: its plan, a bar and rows while it goes, its outcome."""
+    """Prints a run: its plan, a bar and rows while it goes, its outcome.
 
-    def __init__(self) -> None:
+    Args:
+        corpus: the text, in characters or in words
+    """
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._corpus = corpus
+        self._unit = corpus.unit
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
 
-    def plan(self, training: Training, corpus: Corpus, choice: BackendChoice) -> None:
+    def plan(self, training: Training, choice: BackendChoice) -> None:
         """What will be trained, on what, where."""
-        options = training.options
+        options, corpus = training.options, self._corpus
+        name = "AWD-LSTM" if options.model == "awd" else "LSTM"
         parameters = sum(parameter.numel() for parameter in training.model.parameters())
         lines = {
-            "text": f"{corpus.name}: {len(corpus.vocabulary)} distinct characters, {len(corpus.training):,} to train "
-            f"on, {len(corpus.validation):,} to validate on",
-            "model": f"embedding {options.embedding_size}, LSTM {options.num_layers} × {options.hidden_size}, "
+            "text": f"{corpus.name}: {len(corpus.vocabulary)} distinct {self._unit}s, "
+            f"{len(corpus.training):,} to train on, {len(corpus.validation):,} to validate on",
+            "model": f"embedding {options.embedding_size}, {name} {options.num_layers} × {options.hidden_size}, "
             f"{parameters:,} parameters, {options.dtype} on {training.device}",
-            "batch": f"{options.batch_size} × {options.sequence_length} characters, {options.steps:,} steps",
+            "batch": f"{options.batch_size} × {options.sequence_length} {self._unit}s, {options.steps:,} steps",
             "backend": _backend(choice),
         }
         for name, line in lines.items():
@@ -46,16 +54,20 @@ class Report:
         if len(names) > 1:
             self.console.print(" " * 7 + "".join(f"{name:>{2 * COLUMN}}" for name in names))
         pairs = f"{'training':>{COLUMN}}{'validation':>{COLUMN}}" * len(names)
-        self.console.print(f"{'step':>7}{pairs}  (bits per character)")
+        self.console.print(f"{'step':>7}{pairs}  (bits per {self._unit})")
 
     def curve_row(self, training: Training) -> None:
-        """Bits per character at a validation: training (the mean since the one before) and validation."""
+        """Bits per character or word at a validation: training (the mean since the one before) and validation."""
         previous = training.validation_steps[-2] if len(training.validation_steps) > 1 else 0
         row = f"{training.step:>7}"
         for learner in reversed(training.learners.values()):
             recent = statistics.fmean(learner.losses[previous:])
             row += f"{bits(recent):>{COLUMN}.4f}{bits(learner.validation_losses[-1]):>{COLUMN}.4f}"
         self.console.print(row)
+        if training.learners[OURS].averaging_from == training.step:
+            self.console.print(
+                f"weights are averaged from here on: no better than before the last {training.options.non_monotone}"
+            )
 
     @contextlib.contextmanager
     def progress(self, training: Training) -> Iterator[Callable[[], None]]:
@@ -67,8 +79,8 @@ class Report:
             MofNCompleteColumn(),
             BarColumn(),
             TextColumn("loss {task.fields[loss]:.3f}"),
-            TextColumn("{task.fields[bits]:.3f} bits/char"),
-            TextColumn("{task.fields[speed]:,.0f} chars/s"),
+            TextColumn("{task.fields[bits]:.3f} bits/" + self._corpus.level),
+            TextColumn("{task.fields[speed]:,.0f} " + self._corpus.level + "s/s"),
             TimeRemainingColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
@@ -91,7 +103,7 @@ class Report:
         if results["sample"]:
             self.console.print("\nsample", style="bold")
             self.console.print(results["sample"])
-        table = Table("bits per character", "validation", "unigram entropy", "characters/s")
+        table = Table(f"bits per {self._unit}", "validation", "unigram entropy", f"{self._unit}s/s")
         for column in table.columns[1:]:
             column.justify = "right"
         for name, learner in reversed(results["learners"].items()):
@@ -99,10 +111,13 @@ class Report:
                 name,
                 f"{learner['validation_bits'][-1]:.4f}",
                 f"{results['unigram_bits']:.4f}",
-                f"{learner['characters_per_second']:,.0f}",
+                f"{learner[f'{self._unit}s_per_second']:,.0f}",
             )
         self.console.print()
         self.console.print(table)
+        if self._corpus.level == "word":
+            perplexity = 2 ** results["learners"][OURS]["validation_bits"][-1]
+            self.console.print(f"validation perplexity {perplexity:,.1f}")
         self.console.print(f"backend  {_backend(choice)}")
         if TORCHS in results["learners"]:
             self._comparison(results["learners"])

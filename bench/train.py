@@ -9,66 +9,84 @@ from typing import Annotated
 import torch
 import typer
 
-import fused_lstm
-from fused_lstm.bench.atomic import check_writable, write_atomically
+from fused_lstm.bench.atomic import write_atomically
 from fused_lstm.bench.char_model import sample
-from fused_lstm.bench.checkpoint import Checkpoint, unusable
-from fused_lstm.bench.corpus import DEFAULT_TEXT, Corpus, default_text, read_text
+from fused_lstm.bench.checkpoint import Checkpoint
+from fused_lstm.bench.corpus import DEFAULT_TEXT, Corpus
 from fused_lstm.bench.devices import find_device
 from fused_lstm.bench.errors import Interrupted, UserError
-from fused_lstm.bench.options import DTYPES, TrainingOptions
-from fused_lstm.bench.plot import as_png, require_matplotlib
+from fused_lstm.bench.learners import OURS
+from fused_lstm.bench.options import AWD_ONLY, DEFAULTS, DTYPES, LEVELS, default_options
+from fused_lstm.bench.plot import as_png
+from fused_lstm.bench.preparation import check_outputs, choose_backend, make_corpus, take_up
 from fused_lstm.bench.record import as_json, collect
 from fused_lstm.bench.report import Report
 from fused_lstm.bench.training import Training
 
-DEFAULTS = TrainingOptions()
 
-
-def _option(help: str, default: object = None) -> typer.models.OptionInfo:
+def _option(help: str, default: object = None, panel: str | None = None) -> typer.models.OptionInfo:
     # The parameter itself defaults to None, which tells a default from a value given anew to a resumed run.
     default_text = "" if default is None else f" Default: {default}."
-    return typer.Option(help=help + default_text, show_default=False)
+    return typer.Option(help=help + default_text, show_default=False, rich_help_panel=panel)
+
+
+def _field(name: str, help: str) -> typer.models.OptionInfo:
+    """An option that sets a field of `TrainingOptions`, with the defaults of each model."""
+    usual, awd = (getattr(DEFAULTS[model], name) for model in ("lstm", "awd"))
+    if name in AWD_ONLY:
+        return _option(help, awd, "Options of --model awd")
+    return _option(help, usual if usual == awd else f"{usual}; awd: {awd}")
 
 
 def train(
+    model: Annotated[
+        str | None, _option("lstm: embedding, LSTM and output, under Adam; awd: AWDLSTM under NTASGD.", "lstm")
+    ] = None,
     text: Annotated[Path | None, _option("Text to train on, UTF-8.", DEFAULT_TEXT)] = None,
     validation_fraction: Annotated[
-        float | None, _option("Part of the text, at its end, kept for validation.", DEFAULTS.validation_fraction)
+        float | None, _field("validation_fraction", "Part of the text, at its end, kept for validation.")
     ] = None,
-    embedding_size: Annotated[int | None, _option("Embedding features.", DEFAULTS.embedding_size)] = None,
-    hidden_size: Annotated[int | None, _option("LSTM units a layer.", DEFAULTS.hidden_size)] = None,
-    num_layers: Annotated[int | None, _option("LSTM layers.", DEFAULTS.num_layers)] = None,
+    level: Annotated[str | None, _field("level", f"What the text is read in: {', '.join(LEVELS)}.")] = None,
+    min_count: Annotated[
+        int | None, _field("min_count", "Words that the training part has less often are <unk>.")
+    ] = None,
+    embedding_size: Annotated[
+        int | None, _field("embedding_size", "Embedding features; the AWD-LSTM's paper has 400.")
+    ] = None,
+    hidden_size: Annotated[int | None, _field("hidden_size", "LSTM units a layer; the paper has 1150.")] = None,
+    num_layers: Annotated[int | None, _field("num_layers", "LSTM layers.")] = None,
     dropout: Annotated[
-        float | None, _option("Dropout rate before, between and after the layers.", DEFAULTS.dropout)
+        float | None, _field("dropout", "Dropout rate before, between and after the layers; awd: after the last.")
     ] = None,
     tied: Annotated[
-        bool, typer.Option("--tied", help="Share one matrix between embedding and output; needs equal sizes.")
+        bool,
+        typer.Option(
+            "--tied", help="Share one matrix between embedding and output; needs equal sizes. awd always does."
+        ),
     ] = False,
-    batch_size: Annotated[int | None, _option("Columns of text read side by side.", DEFAULTS.batch_size)] = None,
+    batch_size: Annotated[int | None, _field("batch_size", "Columns of text read side by side.")] = None,
     sequence_length: Annotated[
-        int | None, _option("Characters that gradients flow through.", DEFAULTS.sequence_length)
+        int | None,
+        _field("sequence_length", "Characters, or words, that gradients flow through; awd draws lengths near it."),
     ] = None,
     dtype: Annotated[
         str | None,
-        _option(f"{', '.join(DTYPES)}; the half types by autocast on float32 parameters.", DEFAULTS.dtype),
+        _field("dtype", f"{', '.join(DTYPES)}; the half types by autocast on float32 parameters."),
     ] = None,
     device: Annotated[str | None, _option("cpu, cuda, cuda:1, ...", "cuda if there")] = None,
-    backend: Annotated[str | None, _option("What runs fused_lstm.LSTM.", DEFAULTS.backend)] = None,
-    seed: Annotated[int | None, _option("Seed of parameters, dropout and the sample.", DEFAULTS.seed)] = None,
-    learning_rate: Annotated[float | None, _option("Step size of Adam.", DEFAULTS.learning_rate)] = None,
-    clip: Annotated[float | None, _option("Largest gradient norm; inf for no clipping.", DEFAULTS.clip)] = None,
-    steps: Annotated[int | None, _option("Updates in all, resumed ones included.", DEFAULTS.steps)] = None,
-    validate_every: Annotated[
-        int | None, _option("Steps from one validation to the next.", DEFAULTS.validate_every)
+    backend: Annotated[str | None, _field("backend", "What runs fused_lstm.LSTM.")] = None,
+    seed: Annotated[int | None, _field("seed", "Seed of parameters, dropout, lengths and the sample.")] = None,
+    learning_rate: Annotated[
+        float | None, _field("learning_rate", "Step size of Adam; awd: of NTASGD, in proportion to the length drawn.")
     ] = None,
-    threads: Annotated[
-        int | None, _option("CPU threads; more help large models on an idle machine.", DEFAULTS.threads)
-    ] = None,
+    clip: Annotated[float | None, _field("clip", "Largest gradient norm; inf for no clipping.")] = None,
+    steps: Annotated[int | None, _field("steps", "Updates in all, resumed ones included.")] = None,
+    validate_every: Annotated[int | None, _field("validate_every", "Steps from one validation to the next.")] = None,
+    threads: Annotated[int | None, _field("threads", "CPU threads; more help large models on an idle machine.")] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Train torch.nn.LSTM beside, from the same weights on the same batches.")
     ] = False,
-    sample_length: Annotated[int, typer.Option(help="Characters to write at the end.")] = 300,
+    sample_length: Annotated[int, typer.Option(help="Characters, or words, to write at the end.")] = 300,
     checkpoint: Annotated[
         Path | None, _option("Where to save the run: at each validation, at the end and on Ctrl-C.")
     ] = None,
@@ -78,19 +96,42 @@ def train(
     ] = None,
     log: Annotated[Path | None, _option("Where to write a JSON log: every loss, the figures, the sample.")] = None,
     plot: Annotated[Path | None, _option("Where to draw the loss curves: a file in .png.")] = None,
+    input_dropout: Annotated[float | None, _field("input_dropout", "Dropout rate on the words' features.")] = None,
+    hidden_dropout: Annotated[float | None, _field("hidden_dropout", "Dropout rate between layers.")] = None,
+    embedding_dropout: Annotated[float | None, _field("embedding_dropout", "Rate at which words are dropped.")] = None,
+    weight_dropout: Annotated[
+        float | None, _field("weight_dropout", "Dropout rate on the hidden-to-hidden weights.")
+    ] = None,
+    alpha: Annotated[float | None, _field("alpha", "Factor of AR, the penalty on large outputs.")] = None,
+    beta: Annotated[float | None, _field("beta", "Factor of TAR, the penalty on fast ones.")] = None,
+    weight_decay: Annotated[float | None, _field("weight_decay", "L2 penalty on the weights.")] = None,
+    non_monotone: Annotated[
+        int | None,
+        _field("non_monotone", "Averaging begins at a validation worse than the best of all but the last so many."),
+    ] = None,
 ) -> None:
-    """Train a character model on a text.
+    """Train a language model on a text.
 
     A new run needs no option at all. It ends with the loss on a part of the text that it never saw, beside the
     unigram entropy, which a model reaches that knows nothing but how often each character is.
+
+    --model awd trains the AWD-LSTM (Merity et al. 2017) by words. Its rates are the paper's; its sizes are not, so that
+    it ends soon on a CPU.
     """
     given = {
+        "model": model,
         "text": None if text is None else str(text),
         "validation_fraction": validation_fraction,
+        "level": level,
+        "min_count": min_count,
         "embedding_size": embedding_size,
         "hidden_size": hidden_size,
         "num_layers": num_layers,
         "dropout": dropout,
+        "input_dropout": input_dropout,
+        "hidden_dropout": hidden_dropout,
+        "embedding_dropout": embedding_dropout,
+        "weight_dropout": weight_dropout,
         "tied": tied or None,
         "batch_size": batch_size,
         "sequence_length": sequence_length,
@@ -100,6 +141,10 @@ def train(
         "seed": seed,
         "learning_rate": learning_rate,
         "clip": clip,
+        "weight_decay": weight_decay,
+        "non_monotone": non_monotone,
+        "alpha": alpha,
+        "beta": beta,
         "steps": steps,
         "validate_every": validate_every,
         "threads": threads,
@@ -108,7 +153,7 @@ def train(
     given = {name: value for name, value in given.items() if value is not None}
     if resume is None:
         begun = None
-        options = TrainingOptions(**given)
+        options = default_options(given.pop("model", "lstm"), **given)
     else:
         begun = Checkpoint.load(resume)
         options = begun.options.resumed(given, str(resume))
@@ -116,10 +161,10 @@ def train(
     options.check()
     if sample_length < 0:
         raise UserError(f"--sample-length is {sample_length}", "give a whole number from 0")
-    _check_outputs(options, {"--checkpoint": checkpoint, "--log": log, "--plot": plot})
+    check_outputs(options, {"--checkpoint": checkpoint, "--log": log, "--plot": plot})
     torch_device = find_device(options.device)
-    choice = _backend(options, torch_device)
-    corpus = _corpus(options)
+    choice = choose_backend(options, torch_device)
+    corpus = make_corpus(options)
 
     # cuBLAS promises the same bits for the same work only with a workspace of fixed size, read when it starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
@@ -127,12 +172,13 @@ def train(
     with _failures_explained():
         training = Training(options, corpus, torch_device)
         if begun is not None:
-            _take_up(training, corpus, begun, resume)
-        report = Report()
-        report.plan(training, corpus, choice)
+            take_up(training, corpus, begun, resume)
+        report = Report(corpus)
+        report.plan(training, choice)
         _run(training, corpus, report, checkpoint)
         prompt = corpus.validation[: options.sequence_length]
-        written = corpus.decode(sample(training.model, prompt, sample_length, seed=options.seed))
+        with training.learners[OURS].result():
+            written = corpus.decode(sample(training.model, prompt, sample_length, seed=options.seed))
 
     results = collect(training, corpus, choice, written)
     report.outcome(results, choice)
@@ -165,61 +211,6 @@ def _run(training: Training, corpus: Corpus, report: Report, checkpoint: Path | 
             raise Interrupted(where) from None
         save()
         raise Interrupted(f"{where}; go on with --resume {checkpoint}") from None
-
-
-def _check_outputs(options: TrainingOptions, outputs: dict[str, Path | None]) -> None:
-    taken = {os.path.realpath(options.text): "--text"} if options.text is not None else {}
-    for option, path in outputs.items():
-        if path is None:
-            continue
-        check_writable(path)
-        other = taken.setdefault(os.path.realpath(path), option)
-        if other != option:
-            raise UserError(f"{option} would overwrite the file of {other}, {path}", f"give {option} a file of its own")
-    plot = outputs["--plot"]
-    if plot is not None:
-        if plot.suffix.lower() != ".png":
-            raise UserError(f"--plot draws PNG, but {plot} has another ending", "name a file in .png")
-        require_matplotlib()
-
-
-def _backend(options: TrainingOptions, device: torch.device) -> fused_lstm.BackendChoice:
-    try:
-        return fused_lstm.select_backend(
-            options.backend,
-            device=device,
-            dtype=DTYPES[options.dtype],
-            hidden_size=options.hidden_size,
-            batch_size=options.batch_size,
-        )
-    except ValueError as error:
-        raise UserError(str(error).rstrip("."), "leave --backend out to run what fits") from error
-
-
-def _corpus(options: TrainingOptions) -> Corpus:
-    if options.text is None:
-        name, text = DEFAULT_TEXT, default_text()
-    else:
-        name, text = options.text, read_text(Path(options.text))
-    corpus = Corpus.from_text(name, text, validation_fraction=options.validation_fraction)
-    corpus.require_length(options.batch_size, options.sequence_length)
-    return corpus
-
-
-def _take_up(training: Training, corpus: Corpus, begun: Checkpoint, path: Path) -> None:
-    if begun.digest != corpus.digest:
-        raise UserError(
-            f"{path} was trained on another text than {corpus.name}, with a vocabulary and a place of its own",
-            "give its text with --text, or start anew without --resume",
-        )
-    try:
-        training.load_state_dict(begun.training)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise unusable(path) from error
-    if training.done:
-        raise UserError(
-            f"{path} is at step {training.step} of {training.options.steps} already", "give more with --steps"
-        )
 
 
 @contextlib.contextmanager
