@@ -65,8 +65,9 @@ def convert(model: Model, *, to: str = "fused_lstm", **options: Any) -> Model:
         own_type = parametrize.type_before_parametrizations(module)
         if to == "torch" and own_type in _THEIRS and (options_in_use := changing_options(module)):
             raise ValueError(f"{name or 'the model itself'} cannot become torch's: {', '.join(options_in_use)}")
-        if to == "fused_lstm" and own_type in (*_OURS, *_THEIRS) and "forget_bias" in options:
-            check_forget_bias(options["forget_bias"], module.bias, options.get("layer_norm", _layer_norm_of(module)))
+        if to == "fused_lstm" and own_type in (*_OURS, *_THEIRS):
+            forget_bias, layer_norm = (options.get(n, getattr(module, n, None)) for n in ("forget_bias", "layer_norm"))
+            check_forget_bias(forget_bias, module.bias, layer_norm)
     targets = _OURS if to == "fused_lstm" else _THEIRS
     already = tuple(_THEIRS) if to == "fused_lstm" else ()  # ours are subclasses of torch's too
     swapped, left = [], []
@@ -108,10 +109,6 @@ def _set_type(module: torch.nn.Module, own_type: type, target: type) -> None:
         body = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
         module.__class__ = type(f"Parametrized{target.__name__}", (target,), body)
     let_dynamo_trace(LSTM)
-
-
-def _layer_norm_of(module: torch.nn.Module) -> str | None:
-    return getattr(module, "layer_norm", None)
 
 
 def _set_options(module: torch.nn.Module, options: dict[str, Any]) -> None:

@@ -188,6 +188,7 @@ def lstm_layer(
     hidden_size = weight_ih.size(0) // 4
     given = dict(zip(Parameters._fields[5:], parameters[5:], strict=True))
     has_peephole = _option_parameters(hidden_size, layer_norm, peephole, given, input.device)
+    check_bool("recompute", recompute)
     options = CellOptions(
         layer_norm,
         has_peephole,

@@ -7,10 +7,10 @@ import itertools
 
 import pytest
 import torch
-import variant_oracle as oracle
+import variants
 from runs import randn
 from tolerance import assert_same_float64
-from variant_oracle import BACKENDS, KINDS, assert_same, build, make_call, record
+from variants import BACKENDS, KINDS, assert_same, build, make_call, record
 
 import fused_lstm
 
@@ -56,9 +56,9 @@ def deep(device, option, **more):
 def test_one_seed_one_result(kind, option, backend, device):
     module = deep(device, option, backend=backend)
     call = make_call(module, kind)
-    first = oracle.run(module, call, seed=1)
-    assert_equal(oracle.run(module, call, seed=1), first)
-    assert not torch.equal(oracle.run(module, call, seed=2)["output"], first["output"])
+    first = variants.run(module, call, seed=1)
+    assert_equal(variants.run(module, call, seed=1), first)
+    assert not torch.equal(variants.run(module, call, seed=2)["output"], first["output"])
 
 
 @EACH_OPTION
@@ -67,7 +67,7 @@ def test_all_backends_draw_the_same(option, backend, device):
     found = []
     for name in ("reference", backend):
         module = deep(device, option, backend=name)
-        found.append(oracle.run(module, make_call(module)))
+        found.append(variants.run(module, make_call(module)))
     assert_same(found[1], found[0])
 
 
@@ -78,9 +78,9 @@ def test_states_draws_as_forward(kind, option, backend, device, monkeypatch):
     module = build(device, num_layers=2, **option, backend=backend)
     call = make_call(module, kind)
     drawn = [record(monkeypatch)]
-    output = oracle.run(module, call)["output"]
+    output = variants.run(module, call)["output"]
     drawn.append(record(monkeypatch))
-    h = oracle.run(module, call, states=True)["h"][-1]
+    h = variants.run(module, call, states=True)["h"][-1]
     for a, b in zip(*map(flat, drawn), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(output[: h.size(0)], h)  # what states returns of packed rows ends with the longest one
@@ -95,7 +95,7 @@ def test_recompute_uses_the_same(kind, layer_norm, option, backend, device):
     found = []
     for recompute in (False, True):
         module = deep(device, option, layer_norm=layer_norm, peephole=True, recompute=recompute, backend=backend)
-        found.append(oracle.run(module, make_call(module, kind)))
+        found.append(variants.run(module, make_call(module, kind)))
         torch.manual_seed(11)  # whatever the random state at the backward, its masks are those of the forward
     for name, value in found[0].items():
         assert_same_float64(found[1][name], value)
@@ -107,12 +107,12 @@ def test_backward_uses_the_same(option, backend, device):
     """Between forward and backward the random state may change, and the backward does not change it."""
     module = deep(device, option, backend=backend)
     call = make_call(module)
-    expected = oracle.run(module, call, seed=1)
+    expected = variants.run(module, call, seed=1)
     torch.manual_seed(1)
     output, (h_n, c_n) = module(call.input, call.hx)
     torch.manual_seed(77)
     before = random_state(device)
-    found = oracle.gradients([output, h_n, c_n], call.leaves(module))
+    found = variants.gradients([output, h_n, c_n], call.leaves(module))
     assert torch.equal(random_state(device), before)
     assert_equal(found, {name: expected[name] for name in found})
 
@@ -126,11 +126,11 @@ def test_nothing_is_drawn_in_evaluation(option, backend, device):
     call = make_call(module)
     torch.manual_seed(9)
     before = random_state(device)
-    found = oracle.run(module, call)
+    found = variants.run(module, call)
     assert torch.equal(random_state(device), before)
-    assert_equal(found, oracle.run(plain, call))
+    assert_equal(found, variants.run(plain, call))
     torch.manual_seed(10)
-    assert_equal(oracle.run(module, call, seed=10), found)
+    assert_equal(variants.run(module, call, seed=10), found)
 
 
 @EACH_BACKEND
@@ -142,10 +142,10 @@ def test_zero_is_off(backend, device):
     call = make_call(module)
     torch.manual_seed(9)
     before = random_state(device)
-    found = oracle.run(module, call)
+    found = variants.run(module, call)
     assert torch.equal(random_state(device), before)
     plain.load_state_dict(module.state_dict())
-    expected = oracle.run(plain, make_call(plain))
+    expected = variants.run(plain, make_call(plain))
     assert_equal(found, expected)
 
 
@@ -155,12 +155,12 @@ def test_one_drops_everything(option, backend, device):
     """At rate 1 no h enters the product: as with a W_hh of zeros, and no gradient of it."""
     module = build(device, **{option: 1.0}, backend=backend)
     call = make_call(module)
-    found = oracle.run(module, call)
+    found = variants.run(module, call)
     with torch.no_grad():
         module.weight_hh_l0.zero_()
     setattr(module, option, 0.0)
-    expected = oracle.run(module, call)
-    assert_equal({name: found[name] for name in oracle.RESULTS}, {name: expected[name] for name in oracle.RESULTS})
+    expected = variants.run(module, call)
+    assert_equal({name: found[name] for name in variants.RESULTS}, {name: expected[name] for name in variants.RESULTS})
     assert not found["d_weight_hh_l0"].any()
     expected["d_weight_hh_l0"] = found["d_weight_hh_l0"]
     assert_same(found, expected)
@@ -170,9 +170,9 @@ def test_one_drops_everything(option, backend, device):
 @pytest.mark.parametrize("locked", [False, True])
 def test_one_drops_a_layers_input(locked, backend, device):
     module = build(device, num_layers=2, dropout=1.0, locked_dropout=locked, backend=backend)
-    found = oracle.run(module, make_call(module))
+    found = variants.run(module, make_call(module))
     other = make_call(module)._replace(input=randn(5, 3, 3, seed=50, device=device, requires_grad=True))
-    assert torch.equal(found["output"], oracle.run(module, other)["output"])
+    assert torch.equal(found["output"], variants.run(module, other)["output"])
     assert not found["d_weight_ih_l1"].any()
     assert found["d_input"].isfinite().all()
 
@@ -183,7 +183,7 @@ def test_one_keeps_the_old_state(training, backend, device):
     """At rate 1 zoneout leaves every state what it was."""
     module = build(device, zoneout=(1.0, 1.0), backend=backend).train(training)
     call = make_call(module)
-    found = oracle.run(module, call)
+    found = variants.run(module, call)
     h_0, c_0 = call.hx
     assert torch.equal(found["output"], h_0.expand(5, -1, -1))
     assert torch.equal(found["h_n"], h_0)
@@ -240,7 +240,7 @@ def test_zoneout_is_seen_in_the_states(backend, device):
 def test_recurrent_dropout_is_seen_in_the_gradient(backend, device):
     """One step: h_0 has a gradient just where it was not dropped, and c_0 everywhere."""
     module = build(device, input_size=2, hidden_size=30, recurrent_dropout=0.3, backend=backend)
-    found = oracle.run(module, make_call(module, steps=1, rows=40))
+    found = variants.run(module, make_call(module, steps=1, rows=40))
     assert_rate(found["d_h_0"][0] != 0, 0.7)
     assert found["d_c_0"].all()
 
@@ -251,10 +251,10 @@ def test_scale_of_recurrent_dropout(backend, device, monkeypatch):
     module = build(device, recurrent_dropout=0.25, backend=backend)
     call = make_call(module, steps=1)
     drawn = record(monkeypatch)
-    dropped = oracle.run(module, call)
+    dropped = variants.run(module, call)
     kept = drawn.masks[0].recurrent
     scaled = call._replace(hx=((call.hx[0] * kept / 0.75).detach().requires_grad_(), call.hx[1]))
-    expected = oracle.run(module.eval(), scaled)
+    expected = variants.run(module.eval(), scaled)
     expected["d_h_0"] = expected["d_h_0"] * kept / 0.75
     assert_same(dropped, expected)
 
@@ -266,7 +266,7 @@ def test_weight_dropout_reaches_the_raw_weight(backend, device, monkeypatch):
     call = make_call(module)
     raw = module.weight_hh_l0.detach().clone()
     drawn = record(monkeypatch)
-    found = oracle.run(module, call)
+    found = variants.run(module, call)
     kept = drawn.masks[0].weight
     assert 0 < kept.sum() < kept.numel()
     assert torch.equal(module.weight_hh_l0, raw)
@@ -274,7 +274,7 @@ def test_weight_dropout_reaches_the_raw_weight(backend, device, monkeypatch):
     assert found["d_weight_hr_l0"].all()
     with torch.no_grad():
         module.weight_hh_l0.mul_(kept).div_(0.75)
-    expected = oracle.run(module.eval(), call)
+    expected = variants.run(module.eval(), call)
     expected["d_weight_hh_l0"] = expected["d_weight_hh_l0"] * kept / 0.75
     assert_same(found, expected)
 
@@ -293,7 +293,7 @@ def test_weight_dropout_of_a_parametrized_weight(backend, device):
     """The gradient goes through the dropout and on to what the weight is computed from."""
     module = build(device, weight_dropout=0.25, backend=backend)
     call = make_call(module)
-    expected = oracle.run(module, call)
+    expected = variants.run(module, call)
 
     class Twice(torch.nn.Module):
         def forward(self, x):
@@ -303,7 +303,7 @@ def test_weight_dropout_of_a_parametrized_weight(backend, device):
             return x / 2
 
     torch.nn.utils.parametrize.register_parametrization(module, "weight_hh_l0", Twice())
-    found = oracle.run(module, call)
+    found = variants.run(module, call)
     assert_same_float64(found["output"].detach(), expected["output"].detach())
     assert_same_float64(found["d_parametrizations.weight_hh_l0.original"], 2 * expected["d_weight_hh_l0"])
 
@@ -332,22 +332,22 @@ def test_dropout_draws_as_torch(bidirectional, kind, device):
         pytest.skip("cuDNN draws its own")
     options = {"num_layers": 3, "dropout": 0.4, "bidirectional": bidirectional}
     module = build(**options, peephole=True)
-    theirs = torch.nn.LSTM(**oracle.SIZES, **options, dtype=torch.float64)
+    theirs = torch.nn.LSTM(**variants.SIZES, **options, dtype=torch.float64)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if name.startswith("weight_ph"):
                 parameter.zero_()
     theirs.load_state_dict({n: p for n, p in module.state_dict().items() if not n.startswith("weight_ph")})
     call = make_call(module, kind)
-    found = oracle.run(module, call)
-    assert_same({name: value for name, value in found.items() if "weight_ph" not in name}, oracle.run(theirs, call))
+    found = variants.run(module, call)
+    assert_same({name: value for name, value in found.items() if "weight_ph" not in name}, variants.run(theirs, call))
 
 
 def test_locked_dropout_draws_once_a_sequence(device):
     """(1, N, D * P) from torch's own dropout: the numbers that one draws by hand under the same seed."""
     module = build(device, num_layers=2, bidirectional=True, dropout=0.4, locked_dropout=True)
     call = make_call(module)
-    found = oracle.run(module, call, seed=4)
+    found = variants.run(module, call, seed=4)
     layers = [build(device, bidirectional=True), build(device, bidirectional=True, input_size=8)]
     for k, layer in enumerate(layers):
         own = {n.replace(f"_l{k}", "_l0"): p for n, p in module.state_dict().items() if f"_l{k}" in n}
@@ -365,7 +365,7 @@ def test_one_option_does_not_shift_anothers_draws_within_a_direction(device, mon
     for more in ({}, {"zoneout": (0.3, 0.3)}):
         module = build(device, weight_dropout=0.3, recurrent_dropout=0.3, **more)
         drawn = record(monkeypatch)
-        oracle.run(module, make_call(module))
+        variants.run(module, make_call(module))
         found.append(drawn.masks[0])
     assert torch.equal(found[0].weight, found[1].weight)
     assert torch.equal(found[0].recurrent, found[1].recurrent)
@@ -379,7 +379,7 @@ def test_dtypes_draw_the_same(dtype, backend, device, monkeypatch):
     for used in (torch.float64, dtype):
         module = deep(device, DRAWING["all"], dtype=used, backend=backend)
         drawn.append(record(monkeypatch))
-        oracle.run(module, make_call(module))
+        variants.run(module, make_call(module))
     for exact, rounded in zip(*map(flat, drawn), strict=True):
         assert torch.equal(exact, rounded)
 

@@ -4,9 +4,9 @@ import re
 
 import pytest
 import torch
-import variant_oracle as oracle
+import variants
 from runs import randn
-from variant_oracle import BACKENDS, ROWS, STEPS, assert_same, build, make_call
+from variants import BACKENDS, ROWS, STEPS, assert_same, build, make_call
 
 import fused_lstm
 
@@ -40,7 +40,7 @@ def test_layouts(variant, backend, device):
     """(T, N), (N, T) with batch_first and, of a row alone, (T,)."""
     module = make_module(device, backend, variant)
     call = make_call(module, reset_state=True)._replace(reset=RESET.to(device))
-    expected = oracle.run(module, call)
+    expected = variants.run(module, call)
 
     turned = make_module(device, backend, variant, batch_first=True)
     output, state = turned(*(call.input.transpose(0, 1), call.hx), reset=call.reset.t(), reset_state=call.reset_state)
@@ -65,10 +65,10 @@ def test_dtypes(dtype, backend, device):
     """What is not zero resets."""
     module = make_module(device, backend, {})
     call = make_call(module)._replace(reset=RESET.to(device))
-    expected = oracle.run(module, call)
+    expected = variants.run(module, call)
     given = (RESET * 3).to(device, dtype)
     kept = given.clone()
-    found = oracle.run(module, call._replace(reset=given))
+    found = variants.run(module, call._replace(reset=given))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert torch.equal(given, kept)
 
@@ -82,9 +82,9 @@ def test_values(value, resets, backend, device):
     """NaN is not zero."""
     module = make_module(device, backend, {})
     call = make_call(module)._replace(reset=RESET.to(device))
-    expected = oracle.run(module, call if resets else call._replace(reset=None))
+    expected = variants.run(module, call if resets else call._replace(reset=None))
     reset = torch.zeros(STEPS, ROWS, dtype=torch.float64).masked_fill(RESET, value).to(device)
-    found = oracle.run(module, call._replace(reset=reset))
+    found = variants.run(module, call._replace(reset=reset))
     assert_same(found, expected)
 
 
@@ -112,15 +112,15 @@ def test_as_if_each_episode_were_alone(lengths, has_state, variant, backend, dev
         finals.append(final)
     h_n, c_n = (torch.stack(each, 1) for each in zip(*finals, strict=True))
     expected = {"output": torch.stack(outputs, 1), "h_n": h_n, "c_n": c_n}
-    expected |= oracle.gradients(list(expected.values()), call.leaves(module))
-    assert_same(oracle.run(module, call), expected)
+    expected |= variants.gradients(list(expected.values()), call.leaves(module))
+    assert_same(variants.run(module, call), expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "proj_size": 2}, {"bias": False}], ids=str)
 def test_as_torchs_own_on_each_episode(options, device):
     """The plain cell, whose pieces torch.nn.LSTM runs; by the default backend."""
     module = build(device, **options)
-    theirs = torch.nn.LSTM(**oracle.SIZES, **options, device=device, dtype=torch.float64)
+    theirs = torch.nn.LSTM(**variants.SIZES, **options, device=device, dtype=torch.float64)
     theirs.load_state_dict(module.state_dict())
     call = make_call(module, reset_state=True)
     reset = torch.zeros(STEPS, ROWS, dtype=torch.bool, device=device)
@@ -150,8 +150,8 @@ def test_nowhere(variant, backend, device):
     """No reset set is no reset given; the reset state has a gradient of zeros."""
     module = make_module(device, backend, variant)
     call = make_call(module, reset_state=True)._replace(reset=torch.zeros(STEPS, ROWS, device=device))
-    expected = oracle.run(module, call._replace(reset=None, reset_state=None))
-    found = oracle.run(module, call)
+    expected = variants.run(module, call._replace(reset=None, reset_state=None))
+    found = variants.run(module, call)
     assert not found.pop("d_reset_h").any()
     assert not found.pop("d_reset_c").any()
     assert_same(found, expected)
@@ -163,8 +163,8 @@ def test_nowhere(variant, backend, device):
 def test_reset_state_alone_has_no_effect(kind, options, backend, device):
     module = build(device, **options, backend=backend)
     call = make_call(module, kind, reset_state=True)
-    expected = oracle.run(module, call._replace(reset_state=None))
-    found = oracle.run(module, call)
+    expected = variants.run(module, call._replace(reset_state=None))
+    found = variants.run(module, call)
     assert not found.pop("d_reset_h").any()
     assert not found.pop("d_reset_c").any()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -181,11 +181,11 @@ def test_at_step_0_it_replaces_hx(has_state, value, variant, backend, device):
     reset = RESET.clone()
     reset[0] = True
     call = call._replace(reset=reset.to(device))
-    expected = oracle.run(module, call)
+    expected = variants.run(module, call)
     assert not expected["d_h_0"].any()
     assert not expected["d_c_0"].any()
     dirty = call._replace(hx=tuple(torch.full_like(state, value).requires_grad_() for state in call.hx))
-    found = oracle.run(module, dirty)
+    found = variants.run(module, dirty)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert all(found[name].isfinite().all() for name in found)
 
@@ -202,7 +202,7 @@ def test_draws_do_not_carry_what_was_before(variant, backend, device):
     for value in (0.0, float("nan")):
         call = make_call(module, reset_state=True)._replace(reset=reset)
         call = call._replace(hx=tuple(torch.full_like(state, value).requires_grad_() for state in call.hx))
-        found.append(oracle.run(module, call))
+        found.append(variants.run(module, call))
     assert all(torch.equal(found[1][name], found[0][name]) for name in found[0])
 
 
@@ -261,9 +261,9 @@ def test_in_the_padding_it_changes_nothing(has_state, variant, backend, device):
     lengths = [2, 5, 4]
     reset = torch.tensor([[0, 0, 0], [0, 1, 1], [0, 1, 0], [0, 0, 1], [0, 1, 0]], device=device)
     call = make_call(module, "lengths", reset_state=has_state)._replace(lengths=lengths, reset=reset)
-    expected = oracle.run(module, call)
+    expected = variants.run(module, call)
     past = torch.arange(STEPS, device=device)[:, None] >= torch.tensor(lengths, device=device)
-    found = oracle.run(module, call._replace(reset=reset.masked_fill(past, 1)))
+    found = variants.run(module, call._replace(reset=reset.masked_fill(past, 1)))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     if has_state:
         assert not any(found[name][:, 0].any() for name in ("d_reset_h", "d_reset_c"))
@@ -272,7 +272,7 @@ def test_in_the_padding_it_changes_nothing(has_state, variant, backend, device):
         for state in dirty:
             state[:, 0] = float("nan")
             state.requires_grad_()
-        found = oracle.run(module, call._replace(reset=reset.masked_fill(past, 1), reset_state=tuple(dirty)))
+        found = variants.run(module, call._replace(reset=reset.masked_fill(past, 1), reset_state=tuple(dirty)))
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -295,8 +295,8 @@ def test_lower_precision(name, dtype, backend, device):
     """Resets with a state run in every dtype, and come near the exact numbers."""
     options = {"layer_norm": name, "peephole": True, "proj_size": 2}
     exact, module = build(device, **options), build(device, **options, dtype=dtype, backend=backend)
-    expected = oracle.run(exact, make_call(exact, reset=True, reset_state=True))
-    found = oracle.run(module, make_call(module, reset=True, reset_state=True))
+    expected = variants.run(exact, make_call(exact, reset=True, reset_state=True))
+    found = variants.run(module, make_call(module, reset=True, reset_state=True))
     assert {value.dtype for value in found.values()} == {dtype}
     rounding = torch.finfo(dtype).eps
     for key, value in expected.items():

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import variant_oracle as oracle
+import variants
 from runs import randn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from variant_oracle import BACKENDS, KINDS, LENGTHS, ROWS, STEPS, assert_same, build, make_call, record
+from variants import BACKENDS, KINDS, LENGTHS, ROWS, STEPS, assert_same, build, make_call, record
 
 import fused_lstm
 
@@ -69,8 +70,8 @@ def test_as_step_by_step_with_cells(variant, backend, device):
             c_all.append(c)
         x = torch.cat(outputs, 2)
     expected = {"h": torch.stack(h_all), "c": torch.stack(c_all)}
-    expected |= oracle.gradients(list(expected.values()), call.leaves(module))
-    assert_same(oracle.run(module, call, states=True), expected)
+    expected |= variants.gradients(list(expected.values()), call.leaves(module))
+    assert_same(variants.run(module, call, states=True), expected)
 
 
 @EACH_BACKEND
@@ -83,8 +84,8 @@ def test_against_the_oracle(batch_first, kind, variant, backend, device, monkeyp
     module = two_layers(device, backend, variant, **options)
     call = make_call(module, kind)
     drawn = record(monkeypatch)
-    found = oracle.run(module, call, states=True)
-    assert_same(found, oracle.run_oracle(module, call, drawn, states=True))
+    found = variants.run(module, call, states=True)
+    assert_same(found, variants.run_oracle(module, call, drawn, states=True))
 
 
 SHAPES = {
@@ -118,12 +119,12 @@ def test_agrees_with_forward(training, kind, variant, backend, device):
     """The output is h of the last layer, and the final states are those after each row's last step."""
     module = two_layers(device, backend, variant, dropout=0.3, proj_size=3).train(training)
     call = make_call(module, kind)
-    found = oracle.run(module, call)
+    found = variants.run(module, call)
     torch.manual_seed(9)
     states = module.states(call.given(module), call.hx, **call.keywords())
     if kind == "unbatched":
         states = [state.unsqueeze(2) for state in states]
-        found = {name: value.unsqueeze(1) for name, value in found.items() if name in oracle.RESULTS}
+        found = {name: value.unsqueeze(1) for name, value in found.items() if name in variants.RESULTS}
     steps = states[0].size(1)
     assert torch.equal(torch.cat(tuple(states[0][2:]), 2), found["output"][:steps])
     lengths = call.lengths or [STEPS] * ROWS
@@ -233,8 +234,8 @@ def test_gradient_of_each_state_alone(variant, backend, device, monkeypatch):
     for name, state in zip("hc", states, strict=True):
         for index in range(4):
             for t in (0, 2, STEPS - 1):
-                found = oracle.gradients([state[index, t, 1]], leaves)
-                assert_same(found, oracle.gradients([exact[name][index, t, 1]], leaves))
+                found = variants.gradients([state[index, t, 1]], leaves)
+                assert_same(found, variants.gradients([exact[name][index, t, 1]], leaves))
 
 
 @EACH_BACKEND
@@ -245,7 +246,7 @@ def test_together_with_forward_in_one_loss(backend, device):
     leaves = call.leaves(module)
     output, _ = module(call.input, call.hx)
     h, c = module.states(call.input, call.hx)
-    parts = [oracle.gradients([result], leaves) for result in (output, h, c)]
+    parts = [variants.gradients([result], leaves) for result in (output, h, c)]
     d = [randn(*r.shape, seed=20, device=device) for r in (output, h, c)]
     together = torch.autograd.grad((output, h, c), list(leaves.values()), d)
     for value, *each in zip(together, *(part.values() for part in parts), strict=True):

@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 import variant_oracle as oracle
-from variant_oracle import BACKENDS, KINDS, assert_same, build, make_call, record
+import variants
+from variants import BACKENDS, KINDS, assert_same, build, make_call, record
 
 import fused_lstm
 
@@ -44,10 +45,10 @@ def compare(case, backend, training, device, monkeypatch, states=False) -> None:
     module.train(training)
     call = make_call(module, **{name: case[name] for name in PARTS if name in case})
     drawn = record(monkeypatch)
-    actual = oracle.run(module, call, states)
+    actual = variants.run(module, call, states)
     if training:
         assert len(drawn.masks) == module.num_layers * (2 if module.bidirectional else 1)
-    assert_same(actual, oracle.run_oracle(module, call, drawn if training else None, states))
+    assert_same(actual, variants.run_oracle(module, call, drawn if training else None, states))
 
 
 @EACH_BACKEND
@@ -152,7 +153,7 @@ def test_odd_sizes(layer_norm, sizes, backend, device, monkeypatch):
     )
     call = make_call(module, reset=True, reset_state=True, steps=steps, rows=rows)
     drawn = record(monkeypatch)
-    assert_same(oracle.run(module, call), oracle.run_oracle(module, call, drawn))
+    assert_same(variants.run(module, call), variants.run_oracle(module, call, drawn))
 
 
 @EACH_BACKEND
@@ -162,7 +163,7 @@ def test_no_rows(layer_norm, backend, device):
     options = {**ALL, "layer_norm": layer_norm, "weight_dropout": 0.3, "dropout": 0.3, "locked_dropout": True}
     module = build(device, **options, backend=backend)
     for states in (False, True):
-        found = oracle.run(module, make_call(module, reset=True, reset_state=True, rows=0), states)
+        found = variants.run(module, make_call(module, reset=True, reset_state=True, rows=0), states)
         assert not any(found[f"d_{name}"].any() for name, _ in module.named_parameters())
     assert found["h"].shape == (2, 5, 0, 2)
     assert found["c"].shape == (2, 5, 0, 4)
@@ -200,5 +201,5 @@ def test_one_layer_as_a_function(reverse, layer_norm, backend, device, monkeypat
                 *(call.input, h0, c0, definition, call.reset, reset_state, lengths, reverse)
             )
             leaves = call.leaves(module)
-            assert_same(oracle.gradients([output, h_n, c_n], leaves), oracle.gradients([h, h_last, c_last], leaves))
+            assert_same(variants.gradients([output, h_n, c_n], leaves), variants.gradients([h, h_last, c_last], leaves))
             assert_same({"o": output, "h": h_n, "c": c_n}, {"o": h, "h": h_last, "c": c_last})
