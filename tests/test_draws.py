@@ -119,6 +119,19 @@ def test_backward_uses_the_same(option, backend, device):
 
 @EACH_BACKEND
 @EACH_OPTION
+def test_checkpointing_draws_the_same_again(option, backend, device):
+    module = deep(device, option, backend=backend)
+    call = make_call(module)
+    expected = variants.run(module, call, seed=1)
+    torch.manual_seed(1)
+    output, (h_n, c_n) = torch.utils.checkpoint.checkpoint(module, call.input, call.hx, use_reentrant=False)
+    torch.manual_seed(2)
+    found = variants.gradients([output, h_n, c_n], call.leaves(module))
+    assert_equal(found, {name: expected[name] for name in found})
+
+
+@EACH_BACKEND
+@EACH_OPTION
 def test_nothing_is_drawn_in_evaluation(option, backend, device):
     """Nor is anything dropped; zoneout mixes."""
     module = deep(device, option, backend=backend).eval()

@@ -254,6 +254,28 @@ def test_nan_ends_at_a_reset(value, variant, backend, device):
 
 @EACH_BACKEND
 @EACH_VARIANT
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_gradient_ends_at_a_reset(value, variant, backend, device):
+    """Backward: what arrives since a reset, NaN included, is nothing to the steps before it; its own row alone sees
+    it there."""
+    module = make_module(device, backend, variant)
+    call = make_call(module, reset_state=True)
+    reset = torch.zeros(STEPS, ROWS, device=device)
+    reset[3, 0] = 1
+    output, _ = module(call.input, call.hx, reset=reset, reset_state=call.reset_state)
+    found = []
+    for dirty in (0.0, value):
+        d_output = randn(*output.shape, device=device)
+        d_output[4, 0] = dirty
+        wanted = (call.input, *call.hx, *call.reset_state)
+        d_input, d_h_0, d_c_0, d_reset_h, d_reset_c = torch.autograd.grad(output, wanted, d_output, retain_graph=True)
+        found.append([d_input[:3], d_input[:, 1:], d_h_0, d_c_0, d_reset_h[:, 1:], d_reset_c[:, 1:]])
+    assert all(d.isfinite().all() for d in found[1])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@EACH_BACKEND
+@EACH_VARIANT
 @pytest.mark.parametrize("has_state", [False, True], ids=["zeros", "reset_state"])
 def test_in_the_padding_it_changes_nothing(has_state, variant, backend, device):
     """Nor has what would be put there a gradient; it may be NaN."""

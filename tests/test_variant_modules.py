@@ -246,6 +246,21 @@ def test_dtypes(backend, variant, dtype, device):
     assert h.dtype == c.dtype == dtype
 
 
+@EACH_BACKEND
+@pytest.mark.parametrize("name", ["gates", "projections", "projections_cell"])
+def test_statistics_of_norms_have_room(name, backend, device):
+    """Sums of 200 and more, whose squares float16 cannot hold: they are taken in float32."""
+    exact = build(device, layer_norm=name)
+    with torch.no_grad():
+        for weight in (exact.weight_ih_l0, exact.weight_hh_l0):
+            weight.mul_(400)
+    module = build(device, layer_norm=name, dtype=torch.float16, backend=backend)
+    module.load_state_dict(exact.state_dict())
+    assert module.weight_ih_l0.abs().max() > 256  # 65536 is more than float16 holds
+    expected, found = (m(make_call(m).input)[0].double() for m in (exact, module))
+    assert (found - expected).abs().max() < 0.02
+
+
 def test_half_and_back(device):
     module = build(device, **VARIANTS["all_gates"])
     assert all(p.dtype == torch.float16 for p in module.half().parameters())
