@@ -24,3 +24,17 @@ def pointwise_config(hidden_size: int) -> PointwiseConfig:
     while block < min(hidden_size, 128):
         block *= 2
     return PointwiseConfig(block=block, num_warps=1)
+
+
+def cell_config(layer_norm: str | None, hidden_size: int) -> PointwiseConfig:
+    """How a step's kernel cuts (N, H) into programs: as `pointwise_config`, but with a norm a whole row each.
+
+    So its sums stay in a program: 4 units a thread, more where that would be more than 32 warps. Any H goes; beyond
+    2048 registers spill, but there the product reads 100 MB of weights in each step, and takes ten times as long.
+    """
+    if layer_norm is None:
+        return pointwise_config(hidden_size)
+    block = 32
+    while block < hidden_size:
+        block *= 2
+    return PointwiseConfig(block=block, num_warps=max(1, min(32, block // 128)))
