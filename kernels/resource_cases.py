@@ -2,57 +2,21 @@
 
 from collections.abc import Iterator
 
-from fused_lstm.kernels import stepwise
-from fused_lstm.kernels.configs import pointwise_config
 from fused_lstm.kernels.devices import KNOWN_DEVICES
 from fused_lstm.kernels.persistent_backward import backward_kernel, backward_tiling
 from fused_lstm.kernels.persistent_configs import DoesNotFit, PersistentConfig, persistent_config
 from fused_lstm.kernels.persistent_forward import forward_kernel, forward_tiling
 from fused_lstm.kernels.persistent_launch import is_masked
 from fused_lstm.kernels.resources import Case
+from fused_lstm.kernels.stepwise_cases import stepwise_cases
 
 DEVICES = {80: "a100", 90: "h100", 100: "b200", 120: "rtx5090"}
-_STEPWISE_DTYPES = ("bf16", "fp16", "fp32", "fp64")
 
 
 def cases(capability: int) -> Iterator[Case]:
     """Every kernel in every dtype; variants and further sizes in bfloat16."""
-    for dtype in _STEPWISE_DTYPES:
-        yield _stepwise_forward(dtype, 512, save=True)
-        yield _stepwise_backward(dtype, 512, d_output=True)
-    yield _stepwise_forward("bf16", 1024, save=True)
-    yield _stepwise_backward("bf16", 1024, d_output=True)
-    yield _stepwise_forward("bf16", 512, save=False)
-    yield _stepwise_backward("bf16", 512)
-    yield _stepwise_backward("bf16", 512, d_output=True, lengths=True)
-    yield _stepwise_backward("bf16", 512, projection=True)
-    yield _stepwise_backward("bf16", 512, lengths=True, projection=True)
+    yield from stepwise_cases()
     yield from _persistent(capability)
-
-
-def _stepwise_forward(dtype: str, hidden_size: int, save: bool) -> Case:
-    config = pointwise_config(hidden_size)
-    return Case(
-        f"stepwise forward, {dtype}, block {config.block}" + ", inference" * (not save),
-        stepwise.cell_forward_kernel,
-        {"SAVE": save, "BLOCK": config.block},
-        _pointer_types(dtype, "c_ptr"),
-        config.num_warps,
-    )
-
-
-def _stepwise_backward(
-    dtype: str, hidden_size: int, d_output: bool = False, lengths: bool = False, projection: bool = False
-) -> Case:
-    config = pointwise_config(hidden_size)
-    variant = ", d_output" * d_output + ", lengths" * lengths + ", projection" * projection
-    return Case(
-        f"stepwise backward, {dtype}, block {config.block}{variant}",
-        stepwise.cell_backward_kernel,
-        {"HAS_D_OUTPUT": d_output, "HAS_LENGTHS": lengths, "HAS_PROJECTION": projection, "BLOCK": config.block},
-        {**_pointer_types(dtype, "c_ptr", "d_c_ptr", "d_c_n_ptr"), "lengths_ptr": "*i64"},
-        config.num_warps,
-    )
 
 
 def _persistent(capability: int) -> Iterator[Case]:

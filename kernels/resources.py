@@ -43,7 +43,7 @@ def compile_case(case: Case, capability: int) -> Any:
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = case.kernel.params[index].annotation_type or "i32"
-            if name == "hidden_size":
+            if name in ("hidden_size", "output_size"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=attributes)
     options = {"num_warps": case.num_warps, "num_stages": 1}
