@@ -1,6 +1,7 @@
 """What `fused-lstm train` shows on the terminal."""
 
 import contextlib
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -116,7 +117,8 @@ class Report:
         self.console.print()
         self.console.print(table)
         if self._corpus.level == "word":
-            perplexity = 2 ** results["learners"][OURS]["validation_bits"][-1]
+            bits_per_word = results["learners"][OURS]["validation_bits"][-1]
+            perplexity = 2**bits_per_word if bits_per_word < 1024 else math.inf  # a float ends there
             self.console.print(f"validation perplexity {perplexity:,.1f}")
         self.console.print(f"backend  {_backend(choice)}")
         if TORCHS in results["learners"]:
