@@ -24,23 +24,41 @@ from fused_lstm.kernels.persistent_forward import load_gates, product, store_gat
 from fused_lstm.kernels.synchronization import arrive, wait
 
 
-@triton.jit(do_not_specialize=["steps", "batch_size"])  # one compilation serves every length and batch
+@triton.jit
+def derivatives(i, f, g, o, c_before, c, APPROX: tl.constexpr):
+    """What a step's gradients are multiples of: c's and o's of d_h; i's, f's, g's and the c's before of d_c."""
+    i = i.to(tl.float32)
+    f = f.to(tl.float32)
+    g = g.to(tl.float32)
+    o = o.to(tl.float32)
+    tanh_c = tanh(c, APPROX)
+    c_by_h = o * (1.0 - tanh_c * tanh_c)
+    o_by_h = tanh_c * o * (1.0 - o)
+    i_by_c = g * i * (1.0 - i)
+    f_by_c = c_before * f * (1.0 - f)
+    g_by_c = i * (1.0 - g * g)
+    return c_by_h, o_by_h, i_by_c, f_by_c, g_by_c, f
+
+
+@triton.jit(do_not_specialize=["steps", "batch_size", "backwards"])  # one compilation serves every value of these
 def backward_kernel(
-    d_output_ptr,  # (T, N, H), or unused
-    d_h_n_ptr,  # (N, H) float32: what arrives from behind the last step; d_h0 on return
-    d_c_n_ptr,  # (N, H) float32: likewise; d_c0 on return
-    lengths_ptr,  # (N,) int64, or unused: d_c_n joins at each row's last step, if HAS_LENGTHS
-    gates_ptr,  # (T, N, 4H), activated
-    c_ptr,  # (T + 1, N, H) float32
-    weight_ptr,  # (4H, H)
-    d_gates_ptr,  # (T, N, 4H): written
-    exchange_ptr,  # (2, SLICES, batch tiles * ROWS, K): d_gates of a step, K = 4 * units of a slice, gate by gate
-    partial_ptr,  # (2, SLICES, batch tiles * ROWS, OUTPUTS * tiles of outputs) float32: partial sums of a step
-    d_gates_counter_ptr,  # (batch tiles, SLICES) int32 zeros
-    partial_counter_ptr,  # (batch tiles, tiles of outputs) int32 zeros
+    d_output_ptr,  # (T, N, D, H), rows D_OUTPUT_PITCH apart; or None
+    d_c_all_ptr,  # (D, T, N, H) float32, or None
+    d_h_ptr,  # (D, N, H) float32: what arrives from behind the last step; that of h0 on return
+    d_c_ptr,  # (D, N, H) float32: likewise
+    gates_ptr,  # (D, T, N, 4H), activated
+    c_ptr,  # (D, T + 1, N, H) float32
+    weight_ptr,  # (4H, H): of the first direction
+    second_weight_ptr,  # (4H, H): of the second, or None
+    d_gates_ptr,  # (D, T, N, 4H): written
+    exchange_ptr,  # (D, 2, SLICES, batch tiles * ROWS, K): d_gates of a step, K = 4 * units of a slice, gate by gate
+    partial_ptr,  # (D, 2, SLICES, batch tiles * ROWS, OUTPUTS * tiles of outputs) float32: partial sums of a step
+    d_gates_counter_ptr,  # (D, batch tiles, SLICES) int32 zeros
+    partial_counter_ptr,  # (D, batch tiles, tiles of outputs) int32 zeros
     steps,
     batch_size,
-    REVERSE: tl.constexpr,
+    backwards,  # bit d: direction d walks from the last step to the first
+    D_OUTPUT_PITCH: tl.constexpr,
     H: tl.constexpr,
     UNITS: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -51,14 +69,13 @@ def backward_kernel(
     K_STARTS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     MASKED: tl.constexpr,  # the tiles do not divide N and H
-    HAS_D_OUTPUT: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr,
     APPROX: tl.constexpr,
     HOIST: tl.constexpr,  # as in the forward
 ):
     tile = tl.program_id(0)
     batch_tile = tl.program_id(1)
+    direction = tl.full((), 0, tl.int32) if second_weight_ptr is None else tl.program_id(2)
     slice_index = tile // OUTPUT_TILES
     output_tile = tile % OUTPUT_TILES
     SLICE_UNITS: tl.constexpr = OUTPUT_TILES * UNITS
@@ -73,6 +90,8 @@ def backward_kernel(
         mask = (unit < H)[:, None] & (row < batch_size)[None, :]
         other = 0.0
 
+    if second_weight_ptr is not None:
+        weight_ptr = tl.where(direction == 0, weight_ptr, second_weight_ptr)
     output = output_tile * OUTPUTS + tl.arange(0, OUTPUTS)
     w = ()
     for k in tl.static_range(len(K_SIZES)):
@@ -83,63 +102,59 @@ def backward_kernel(
         ptrs = weight_ptr + ((column // SLICE_UNITS) * H + column_unit)[None, :] * H + output[:, None]
         w = w + (tl.load(ptrs, mask=inside, other=0.0),)  # noqa: RUF005
 
-    # int64: step * batch_size * 4 * H can pass 2**31
-    step_size = batch_size.to(tl.int64) * H
-    c_after_ptr = c_ptr
-    if REVERSE:
-        c_before_ptr = c_ptr + step_size
-    else:
-        d_output_ptr += (steps - 1) * step_size
-        gates_ptr += (steps - 1) * 4 * step_size
-        d_gates_ptr += (steps - 1) * 4 * step_size
-        c_after_ptr += steps * step_size
-        c_before_ptr = c_ptr + (steps - 1) * step_size
-        step_size = -step_size
+    # from the walk's last step on; int64: step * batch_size * 4 * H can pass 2**31
+    back = (backwards >> direction) & 1
+    last = ((1 - back) * (steps - 1)).to(tl.int64) * batch_size
+    start = (direction * steps).to(tl.int64) * batch_size + last
+    rows_ahead = tl.where(back == 1, batch_size, -batch_size)  # int32: then one instruction moves a pointer
     state = row[None, :] * H + unit[:, None]
     gate_state = row[None, :] * (4 * H) + unit[:, None]
-    d_output_ptrs = d_output_ptr + state
-    c_ptrs = c_before_ptr + state
-    gate_ptrs = gates_ptr + gate_state
-    d_gate_ptrs = d_gates_ptr + gate_state
+    gate_ptrs = gates_ptr + start * (4 * H) + gate_state
+    d_gate_ptrs = d_gates_ptr + start * (4 * H) + gate_state
+    c_ptrs = c_ptr + (start + (direction + back) * batch_size) * H + state  # before the step
+    if d_output_ptr is not None:
+        d_output_ptrs = (
+            d_output_ptr + last * D_OUTPUT_PITCH + direction * H + row[None, :] * D_OUTPUT_PITCH + unit[:, None]
+        )
+    if d_c_all_ptr is not None:
+        d_c_all_ptrs = d_c_all_ptr + start * H + state
+    d_h_ptrs = d_h_ptr + direction * batch_size * H + state
+    d_c_ptrs = d_c_ptr + direction * batch_size * H + state
     padded_rows = tl.num_programs(1) * ROWS
     exchange_size = padded_rows * K * SLICES
     partial_slice = padded_rows * WIDTH
-    x_ptrs = exchange_ptr + slice_index * padded_rows * K + row[None, :] * K
+    x_ptrs = exchange_ptr + direction * 2 * exchange_size + slice_index * padded_rows * K + row[None, :] * K
     x_out_ptrs = x_ptrs + (output_tile * UNITS + tl.arange(0, UNITS))[:, None]
-    partial_out_ptrs = partial_ptr + slice_index * partial_slice + row[None, :] * WIDTH + output[:, None]
-    partial_ptrs = partial_ptr + row[None, :] * WIDTH + unit[:, None]
+    partial_ptrs = partial_ptr + direction * 2 * SLICES * partial_slice + row[None, :] * WIDTH + unit[:, None]
+    partial_out_ptrs = (
+        partial_ptr + (direction * 2 * SLICES + slice_index) * partial_slice + row[None, :] * WIDTH + output[:, None]
+    )
+    batch_tile += direction * tl.num_programs(1)
     d_gates_counter = d_gates_counter_ptr + batch_tile * SLICES + slice_index
     partial_counter = partial_counter_ptr + batch_tile * OUTPUT_TILES + output_tile
 
-    d_h = tl.load(d_h_n_ptr + state, mask=mask, other=other)
-    d_c_n = tl.load(d_c_n_ptr + state, mask=mask, other=other)
-    if HAS_LENGTHS:
-        d_c = tl.zeros((UNITS, ROWS), tl.float32)
-        last = tl.load(lengths_ptr + row, mask=row < batch_size, other=0).to(tl.int32)[None, :] - 1
-    else:
-        d_c = d_c_n
-    if HAS_D_OUTPUT:
+    d_h = tl.load(d_h_ptrs, mask=mask, other=other)
+    d_c = tl.load(d_c_ptrs, mask=mask, other=other)
+    if d_output_ptr is not None:
         d_out = tl.load(d_output_ptrs, mask=mask, other=other)
+    if d_c_all_ptr is not None:
+        d_c_out = tl.load(d_c_all_ptrs, mask=mask, other=other)
     i, f, g, o = load_gates(gate_ptrs, H, mask, other)
-    c_after = tl.load(c_after_ptr + state, mask=mask, other=other)
+    c_after = tl.load(c_ptrs - rows_ahead.to(tl.int64) * H, mask=mask, other=other)
     c_before = tl.load(c_ptrs, mask=mask, other=other)
+    c_by_h, o_by_h, i_by_c, f_by_c, g_by_c, c_by_c = derivatives(i, f, g, o, c_before, c_after, APPROX)
     slot = 0
     for done in tl.range(0, steps, disable_licm=not HOIST):
-        if HAS_D_OUTPUT:
+        if d_output_ptr is not None:
             d_h += d_out.to(tl.float32)
-        if HAS_LENGTHS:
-            d_c += tl.where(last == steps - 1 - done, d_c_n, 0.0)
-        i = i.to(tl.float32)
-        f = f.to(tl.float32)
-        g = g.to(tl.float32)
-        o = o.to(tl.float32)
-        tanh_c = tanh(c_after, APPROX)
-        d_c += d_h * o * (1.0 - tanh_c * tanh_c)
-        d_i = (d_c * g * i * (1.0 - i)).to(gates_ptr.dtype.element_ty)
-        d_f = (d_c * c_before * f * (1.0 - f)).to(gates_ptr.dtype.element_ty)
-        d_g = (d_c * i * (1.0 - g * g)).to(gates_ptr.dtype.element_ty)
-        d_o = (d_h * tanh_c * o * (1.0 - o)).to(gates_ptr.dtype.element_ty)
-        d_c = d_c * f
+        if d_c_all_ptr is not None:
+            d_c += d_c_out
+        d_c += d_h * c_by_h
+        d_i = (d_c * i_by_c).to(gates_ptr.dtype.element_ty)
+        d_f = (d_c * f_by_c).to(gates_ptr.dtype.element_ty)
+        d_g = (d_c * g_by_c).to(gates_ptr.dtype.element_ty)
+        d_o = (d_h * o_by_h).to(gates_ptr.dtype.element_ty)
+        d_c *= c_by_c
         # Halves of the exchange and of the partial sums take turns: who arrives at a step has read the last one's.
         store_gates(x_out_ptrs + slot * exchange_size, SLICE_UNITS, d_i, d_f, d_g, d_o, None)
         if PROGRAMS > 1:
@@ -148,14 +163,17 @@ def backward_kernel(
             tl.debug_barrier()
         # from here to the wait nobody is kept waiting
         store_gates(d_gate_ptrs, H, d_i, d_f, d_g, d_o, mask)
-        d_gate_ptrs += 4 * step_size
-        ahead = tl.where(done + 1 < steps, step_size, 0)  # the first step's are read once more, for nothing
-        if HAS_D_OUTPUT:
-            d_output_ptrs += ahead
+        d_gate_ptrs += rows_ahead.to(tl.int64) * (4 * H)
+        ahead = tl.where(done + 1 < steps, rows_ahead, 0).to(tl.int64)  # the first step's are read again, for nothing
+        if d_output_ptr is not None:
+            d_output_ptrs += ahead * D_OUTPUT_PITCH
             d_out = tl.load(d_output_ptrs, mask=mask, other=other)
-        gate_ptrs += 4 * ahead
+        if d_c_all_ptr is not None:
+            d_c_all_ptrs += ahead * H
+            d_c_out = tl.load(d_c_all_ptrs, mask=mask, other=other)
+        gate_ptrs += ahead * (4 * H)
         i, f, g, o = load_gates(gate_ptrs, H, mask, other)
-        c_ptrs += ahead
+        c_ptrs += ahead * H
         c_after = c_before
         c_before = tl.load(c_ptrs, mask=mask, other=other)
         if PROGRAMS > 1:
@@ -164,15 +182,19 @@ def backward_kernel(
         tl.store(partial_out_ptrs + slot * SLICES * partial_slice, part)
         if PROGRAMS > 1:
             arrive(partial_counter)
+        c_by_h, o_by_h, i_by_c, f_by_c, g_by_c, c_by_c = derivatives(i, f, g, o, c_before, c_after, APPROX)
+        if PROGRAMS > 1:
             wait(partial_counter, SLICES * (done + 1))
         else:
             tl.debug_barrier()
-        d_h = tl.zeros((UNITS, ROWS), tl.float32)
-        for s in tl.static_range(SLICES):
-            d_h += tl.load(partial_ptrs + (slot * SLICES + s) * partial_slice, cache_modifier=".cg")
+        from_ptrs = partial_ptrs + slot * SLICES * partial_slice
+        d_h = tl.load(from_ptrs, cache_modifier=".cg")
+        for s in tl.static_range(1, SLICES):
+            d_h += tl.load(from_ptrs + s * partial_slice, cache_modifier=".cg")
         slot = 1 - slot
-    tl.store(d_h_n_ptr + state, d_h, mask=mask)
-    tl.store(d_c_n_ptr + state, d_c, mask=mask)
+    end = (direction * batch_size + row)[None, :] * H + unit[:, None]
+    tl.store(d_h_ptr + end, d_h, mask=mask)
+    tl.store(d_c_ptr + end, d_c, mask=mask)
 
 
 def backward_tiling(config: PersistentConfig, hidden_size: int, masked: bool) -> dict[str, Any]:
@@ -192,61 +214,56 @@ def backward_tiling(config: PersistentConfig, hidden_size: int, masked: bool) ->
     }
 
 
-def recurrence_backward(
-    d_output: Tensor | None,
-    d_h_n: Tensor | None,
-    d_c_n: Tensor | None,
-    gates: Tensor,
-    c: Tensor,
-    weight_hh: Tensor,
-    weight_hr: Tensor | None,
-    lengths: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """As `fused_lstm.reference.recurrence_backward`: shapes, order and dtypes are told there. weight_hr is None."""
-    steps, batch_size, hidden_size = gates.size(0), gates.size(1), gates.size(2) // 4
-    d_gates = torch.empty_like(gates)
-    d_h = c.new_zeros(batch_size, hidden_size)
-    d_c = c.new_zeros(batch_size, hidden_size)
-    if d_c_n is not None:
-        d_c.copy_(d_c_n)
-    if d_h_n is not None and lengths is None:
-        d_h.copy_(d_h_n)
-    elif d_h_n is not None:
-        # at ends that differ from row to row, h_n's gradient joins the output's
-        d_output = gates.new_zeros(steps, batch_size, hidden_size) if d_output is None else d_output.clone()
-        d_output[lengths - 1, torch.arange(batch_size, device=gates.device)] += d_h_n
+def recurrence_backward(walk: Any, gradients: Any) -> None:
+    """Fills a `fused_lstm.recurrence.Gradients`, from a Walk that has been filled with save."""
+    directions, _, batch_size, gate_size = walk.gates.shape
     if batch_size == 0:
-        return d_gates, d_h.to(gates.dtype), d_c, None, None
-    config = persistent_launch.config_for(gates, hidden_size, batch_size)
+        return
+    if gradients.d_output is not None:
+        gradients = gradients._replace(d_output=_evenly_apart(gradients.d_output))
+    config = persistent_launch.config_for(walk.gates, gate_size // 4, batch_size, directions)
+    for which in persistent_launch.in_turn(config, directions):
+        _walk(persistent_launch.of_directions(walk, which), persistent_launch.of_directions(gradients, which), config)
+
+
+def _evenly_apart(d_output: Tensor) -> Tensor:
+    """d_output (T, N, D, H) with all rows as far apart as the first two; a copy only if it must be."""
+    steps, batch_size, directions, hidden_size = d_output.shape
+    step, row, direction, unit = d_output.stride()
+    dense = (hidden_size == 1 or unit == 1) and (directions == 1 or direction == hidden_size)
+    if dense and batch_size > 1 and (steps == 1 or step == batch_size * row):
+        return d_output
+    # anew even if contiguous: the stride of a dimension of one may be any
+    return d_output.contiguous().view(-1).view(d_output.shape)
+
+
+def _walk(walk: Any, gradients: Any, config: PersistentConfig) -> None:
+    """One launch: all directions at once."""
+    gates = walk.gates
+    directions, steps, batch_size, hidden_size = *gates.shape[:3], gates.size(3) // 4
     padded_rows = config.batch_tiles * config.rows
-    exchange = gates.new_empty(2, config.slices, padded_rows, sum(config.backward_k))
-    partial = c.new_empty(2, config.slices, padded_rows, 64 * config.tiles)
-    counters = gates.new_zeros(config.batch_tiles * (config.slices + config.tiles), dtype=torch.int32)
-    d_gates_counters, partial_counters = counters.split(
-        (config.batch_tiles * config.slices, config.batch_tiles * config.tiles)
-    )
+    weights = [p.weight_hh.contiguous() for p in walk.parameters]
+    tensors = {
+        "d_output_ptr": gradients.d_output,
+        "d_c_all_ptr": gradients.d_c_all,
+        "d_h_ptr": gradients.d_h,
+        "d_c_ptr": gradients.d_c,
+        "gates_ptr": gates,
+        "c_ptr": walk.c,
+        "weight_ptr": weights[0],
+        "second_weight_ptr": weights[1] if directions > 1 else None,
+        "d_gates_ptr": gradients.d_gates,
+        "exchange_ptr": gates.new_empty(directions, 2, config.slices, padded_rows, sum(config.backward_k)),
+        "partial_ptr": walk.c.new_empty(directions, 2, config.slices, padded_rows, 64 * config.tiles),
+        "d_gates_counter_ptr": gates.new_zeros(directions, config.batch_tiles, config.slices, dtype=torch.int32),
+        "partial_counter_ptr": gates.new_zeros(directions, config.batch_tiles, config.tiles, dtype=torch.int32),
+    }
+    backwards = sum(reverse << d for d, reverse in enumerate(walk.reverse))
     masked = persistent_launch.is_masked(config, hidden_size, batch_size)
     constants = backward_tiling(config, hidden_size, masked) | {
-        "REVERSE": reverse,
-        "HAS_D_OUTPUT": d_output is not None,
-        "HAS_LENGTHS": lengths is not None,
+        "D_OUTPUT_PITCH": None if gradients.d_output is None else gradients.d_output.stride(1),
         "PRECISION": "tf32",
         "APPROX": gates.dtype == torch.bfloat16,
     }
-    tensors = [
-        gates if d_output is None else d_output,  # never read where there is none: the flag says so
-        d_h,
-        d_c,
-        counters if lengths is None else lengths,
-        gates,
-        c,
-        weight_hh.contiguous(),
-        d_gates,
-        exchange,
-        partial,
-        d_gates_counters,
-        partial_counters,
-    ]
-    persistent_launch.launch(backward_kernel, config, tensors, (steps, batch_size), constants)
-    return d_gates, d_h.to(gates.dtype), d_c, None, None
+    in_order = [tensors[name] for name in backward_kernel.arg_names if name.endswith("_ptr")]
+    persistent_launch.launch(backward_kernel, config, in_order, (steps, batch_size, backwards), constants)

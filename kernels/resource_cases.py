@@ -38,7 +38,9 @@ def _persistent(capability: int) -> Iterator[Case]:
             yield _persistent_forward(dtype, hidden_size, config, masked, directions=2)
             for option in _FORWARD_OPTIONS:
                 yield _persistent_forward(dtype, hidden_size, config, masked, option=option)
-            yield _persistent_backward(dtype, hidden_size, config, masked, lengths=True)
+            yield _persistent_backward(dtype, hidden_size, config, masked, directions=2)
+            for option in _BACKWARD_OPTIONS:
+                yield _persistent_backward(dtype, hidden_size, config, masked, option=option)
 
 
 # What each option of the forward kernel has that the plain one has not.
@@ -82,19 +84,35 @@ def _persistent_forward(
     return Case(name, forward_kernel, constants, types, config.num_warps, loops=True)
 
 
+# Likewise of the backward kernel.
+_BACKWARD_OPTIONS = {
+    "d_c_all": {"d_c_all_ptr": "*fp32"},
+}
+
+
 def _persistent_backward(
-    dtype: str, hidden_size: int, config: PersistentConfig, masked: bool, lengths: bool = False
+    dtype: str,
+    hidden_size: int,
+    config: PersistentConfig,
+    masked: bool,
+    directions: int = 1,
+    option: str | None = None,
 ) -> Case:
     constants = backward_tiling(config, hidden_size, masked) | {
-        "REVERSE": False,
-        "HAS_D_OUTPUT": True,
-        "HAS_LENGTHS": lengths,
+        "D_OUTPUT_PITCH": directions * hidden_size,
         "PRECISION": "tf32",
         "APPROX": dtype == "bf16",
     }
-    name = f"persistent backward, {dtype}, H {hidden_size}, {config.rows} rows" + ", lengths" * lengths
-    types = _pointer_types(dtype, "c_ptr", "d_h_n_ptr", "d_c_n_ptr", "partial_ptr")
-    types |= {"lengths_ptr": "*i64", "d_gates_counter_ptr": "*i32", "partial_counter_ptr": "*i32"}
+    pointers = {name: kind for kinds in _BACKWARD_OPTIONS.values() for name, kind in kinds.items()}
+    present = _BACKWARD_OPTIONS.get(option, {})
+    constants |= {name: None for name in pointers if name not in present}
+    if directions == 1:
+        constants["second_weight_ptr"] = None
+    variant = ", both directions" * (directions == 2) + ("" if option is None else f", {option}")
+    name = f"persistent backward, {dtype}, H {hidden_size}, {config.rows} rows{variant}"
+    types = _pointer_types(dtype, "c_ptr", "d_h_ptr", "d_c_ptr", "partial_ptr")
+    types |= {"d_gates_counter_ptr": "*i32", "partial_counter_ptr": "*i32"}
+    types |= {name: kind for name, kind in pointers.items() if kind is not None}
     return Case(name, backward_kernel, constants, types, config.num_warps, loops=True)
 
 
