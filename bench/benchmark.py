@@ -6,20 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-import fused_lstm
 from fused_lstm.bench.atomic import check_writable, write_atomically
-from fused_lstm.bench.contenders import chosen_backends, contenders_for
+from fused_lstm.bench.contenders import choose_backend, chosen_backends, contenders_for
 from fused_lstm.bench.devices import find_device
 from fused_lstm.bench.errors import UserError
 from fused_lstm.bench.measure import measure, problems, remark
 from fused_lstm.bench.options import LARGEST_SIZE
-from fused_lstm.bench.results_table import DETAIL_HEADER, detail_rows, machine_line, remarks
+from fused_lstm.bench.results_table import VARIANT_LEGEND, detail_header, detail_rows, machine_line, remarks
+from fused_lstm.bench.variants import PLAIN, VARIANTS
 from fused_lstm.bench.workload import DTYPES, Case, fresh_seed
 
 _LIST = "; a list, 256,512, for a grid."
@@ -34,6 +33,9 @@ def bench(
     input_size: Annotated[int | None, typer.Option(help="I, input features. Default: the hidden size.")] = None,
     layers: Annotated[int, typer.Option(help="Layers of the stack.")] = 1,
     bidirectional: Annotated[bool, typer.Option("--bidirectional", help="Both directions.")] = False,
+    variant: Annotated[
+        str, typer.Option(help=f"Of the cell: {', '.join(VARIANTS)}; a list for a grid.", metavar="NAME")
+    ] = PLAIN,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -50,7 +52,7 @@ def bench(
     seed: Annotated[int | None, typer.Option(help="Seed of weights and inputs. Default: a fresh one.")] = None,
     tf32: Annotated[bool, typer.Option("--tf32/--no-tf32", help="May float32 products use TF32, on CUDA?")] = True,
     graphs: Annotated[bool, typer.Option("--graphs/--no-graphs", help="CUDA graphs of torch's and ours, too.")] = True,
-    loop: Annotated[bool, typer.Option("--loop/--no-loop", help="The Python loop of torch.nn.LSTMCell.")] = True,
+    loop: Annotated[bool, typer.Option("--loop/--no-loop", help="The Python loop over a cell.")] = True,
     compile_loop: Annotated[
         bool, typer.Option("--compile-loop", help="That loop under torch.compile: takes minutes to compile.")
     ] = False,
@@ -62,12 +64,16 @@ def bench(
 
     Every result is held to float64 first. A speed-up is shown only beside a check that passed, which allows twice the
     error of torch's own and one eps; else the row says FAILED, and where it is ours, the exit code is 1.
+
+    A variant is a cell that torch.nn.LSTM does not have, or a way to call it. It is timed, and its accuracy measured,
+    against the Python loop that people write for it; the plain cell, torch's and ours, stands beside as a yardstick.
     """
     torch_device = find_device(device)
     on_cuda = torch_device.type == "cuda"
     cases = [
-        Case(hidden, batch, time, input_size, layers, bidirectional, dtype_name, str(torch_device), tf32)
-        for dtype_name, hidden, batch, time in itertools.product(
+        Case(hidden, batch, time, input_size, layers, bidirectional, dtype_name, str(torch_device), tf32, variant_name)
+        for variant_name, dtype_name, hidden, batch, time in itertools.product(
+            _variants(variant, bidirectional, loop),
             _dtypes(dtype or ("bfloat16,float32" if on_cuda else "float32")),
             _sizes("--hidden-size", hidden_size),
             _sizes("--batch-size", batch_size),
@@ -111,6 +117,8 @@ def bench(
         if record["device_lost"] is not None:
             console.print(f"{record['device_lost']} left the device unusable: the cases after this one are not run")
             break
+    if any(record["variant"] != PLAIN for record in records):
+        console.print(VARIANT_LEGEND, soft_wrap=True)
     if not on_cuda:
         console.print("Peak memory is measured on CUDA only.")
     if any(map(problems, records)):
@@ -119,7 +127,7 @@ def bench(
 
 def _table(record: dict) -> Table:
     table = Table(title=record["label"], title_justify="left", box=box.SIMPLE_HEAD)
-    for column in DETAIL_HEADER:
+    for column in detail_header(record):
         table.add_column(column, justify="left" if column in ("contender", "check") else "right", no_wrap=True)
     for row, entry in zip(detail_rows(record), record["contenders"], strict=True):
         table.add_row(*row, style=None if remark(entry) is None else "red")
@@ -157,6 +165,21 @@ def _dtypes(text: str) -> list[str]:
     return names
 
 
+def _variants(text: str, bidirectional: bool, loop: bool) -> list[str]:
+    names = _parts("--variant", text)
+    for name in names:
+        if name not in VARIANTS:
+            raise UserError(f"--variant is {name!r}", "give one of " + ", ".join(VARIANTS))
+        if VARIANTS[name].given == "reset" and bidirectional:
+            raise UserError(
+                f"--variant {name} cannot be --bidirectional: the other direction comes from the future",
+                "leave one out",
+            )
+        if name != PLAIN and not loop:
+            raise UserError(f"--variant {name} is checked against the loop", "leave --no-loop out")
+    return names
+
+
 def _check_runs(name: str, cases: Sequence[Case]) -> None:
     """
     Raises:
@@ -165,13 +188,7 @@ def _check_runs(name: str, cases: Sequence[Case]) -> None:
     obstacle = None
     for case in cases:
         try:
-            fused_lstm.select_backend(
-                name,
-                device=torch.device(case.device),
-                dtype=case.torch_dtype,
-                hidden_size=case.hidden_size,
-                batch_size=case.batch_size,
-            )
+            choose_backend(name, case)
         except ValueError as error:
             obstacle = str(error)
         else:

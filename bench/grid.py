@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
+from fused_lstm.bench.variants import PLAIN, VARIANTS
 from fused_lstm.bench.workload import Case
 
 _STEPS = 512
@@ -19,7 +20,8 @@ def telling_cases(device: str) -> list[Case]:
 
 
 def grid_cases(device: str) -> list[Case]:
-    """Everything else a user may ask about: first each variation of the telling cases, then sizes."""
+    """Everything else a user may ask about: first each variation of the telling cases, then sizes, then the variants of
+    the cell."""
     middle = [Case(hidden, batch, _STEPS, dtype="bfloat16", device=device) for hidden, batch in ((512, 16), (1024, 64))]
     variations = ({}, {"dtype": "float16"}, {"dtype": "float32", "tf32": False}, {"bidirectional": True}, {"layers": 2})
     sizes = [
@@ -29,7 +31,13 @@ def grid_cases(device: str) -> list[Case]:
         for hidden in (512, 1024, 256, 768)
     ]
     cases = [replace(case, **variation) for variation in variations for case in middle]
-    return list(dict.fromkeys([*cases, *sizes]))
+    variants = [
+        Case(hidden, 64, _STEPS, dtype="bfloat16", device=device, variant=name)
+        for name in VARIANTS
+        if name != PLAIN
+        for hidden in (512, 1024)
+    ]
+    return list(dict.fromkeys([*cases, *sizes, *variants]))
 
 
 def tiny(cases: Iterable[Case]) -> list[Case]:

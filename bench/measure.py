@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from fused_lstm.bench.accuracy import Gate, failed_check
-from fused_lstm.bench.contenders import CELL_LOOP, TORCH, CannotRun, Contender, GraphStep, Step, exact_step
+from fused_lstm.bench.contenders import (
+    CELL_LOOP,
+    TEXTBOOK_LOOP,
+    TORCH,
+    CannotRun,
+    Contender,
+    GraphStep,
+    Step,
+    exact_step,
+    plain_of,
+    standard_of,
+)
 from fused_lstm.bench.machine import describe_machine, now
 from fused_lstm.bench.timing import round_robin, timer_for
 from fused_lstm.bench.workload import Case, Workload
@@ -20,7 +31,7 @@ from fused_lstm.bench.workload import Case, Workload
 MEASURED, CANNOT_RUN, FAILED = "measured", "cannot run", "failed"
 
 # A speed-up is over one of these.
-BASELINES = TORCH, CELL_LOOP
+BASELINES = TORCH, CELL_LOOP, TEXTBOOK_LOOP
 
 
 def measure(
@@ -41,20 +52,22 @@ def measure(
 
     Args:
         case: the sizes
-        contenders: torch.nn.LSTM first: its error is the measure of the others'
+        contenders: `standard_of` the case's variant among them: its error is the measure of the others'
         repeats, warmup, sample_seconds: of `round_robin`
-        seed: of weights and inputs
+        seed: of weights, inputs and what a step draws while it is checked
         excluded: reasons by contender; those are recorded as failed, and not run
         on_turn: told a contender's name and the stage ("build", "accuracy", "time") before it begins
 
     Returns:
-        JSON-ready: `case`, `label`, `date`, `machine`, `seed`, `repeats`, `warmup`, `exact` (what the float64 results
-        come from), `error` (a traceback where the whole case failed, else null), `device_lost`, and `contenders`: for
-        each `name`, `ours`, `backend` (`name` and `reason` of the one that ran, for ours), `status` (measured, cannot
-        run, failed), `reason` and `traceback` (null unless something went wrong), `accuracy` (see `Gate.check`),
-        `time` (see `Timing.to_json`), `peak_memory_bytes` (over what was held before the step; null on a CPU, where
-        nothing counts it) and `speedup`: by baseline how many times faster, only where the accuracy check passed.
-        What was not measured is null.
+        JSON-ready: `case` (the sizes), `variant`, `label`, `date`, `machine`, `seed`, `repeats`, `warmup`, `exact`
+        (what the float64 results come from), `error` (a traceback where the whole case failed, else null),
+        `device_lost`, and `contenders`: for each `name`, `ours`, `yardstick` (see `Contender`), `backend` (`name` and
+        `reason` of the one that ran, for ours), `status` (measured, cannot run, failed), `reason` and `traceback` (null
+        unless something went wrong), `accuracy` (see `Gate.check`), `time` (see `Timing.to_json`), `peak_memory_bytes`
+        (over what was held before the step; null on a CPU, where nothing counts it), `speedup`: by baseline how many
+        times faster; and `over_plain`: in a variant's case, the time as a multiple of torch.nn.LSTM's and of the
+        contender's own plain step, by the yardstick's name; both only where the accuracy check passed. What was not
+        measured is null, as is a yardstick's accuracy.
     """
     record = new_record(case, describe_machine(case.device), {"seed": seed, "repeats": repeats, "warmup": warmup})
     run = _Run(case, record, contenders, dict(excluded or {}), on_turn)
@@ -78,8 +91,10 @@ def new_record(case: Case, machine: dict | None, options: Mapping[str, object]) 
         machine: of `describe_machine`
         options: `seed`, `repeats` and `warmup` of `measure`
     """
+    sizes = asdict(case)
     return {
-        "case": asdict(case),
+        "variant": sizes.pop("variant"),
+        "case": sizes,
         "label": case.label,
         "date": now(),
         "machine": machine,
@@ -95,7 +110,8 @@ def problems(record: dict) -> list[str]:
     """What went wrong in a record for which a run must not end well, a line each: a failure of ours or of the case."""
     if record["error"] is not None:
         return [f"{record['label']}: {last_line(record['error'])}"]
-    judged = (entry for entry in record["contenders"] if entry["ours"] or entry["name"] == TORCH)
+    standard = standard_of(record["variant"])
+    judged = (entry for entry in record["contenders"] if entry["ours"] or entry["name"] == standard)
     return [f"{record['label']}: {remark(entry)}" for entry in judged if _went_wrong(entry)]
 
 
@@ -103,7 +119,7 @@ def remark(entry: dict) -> str | None:
     """What a reader must know of a contender beside its numbers, in a line, or None."""
     if entry["status"] != MEASURED:
         return f"{entry['name']}: {entry['status']}: {entry['reason']}"
-    if not entry["accuracy"]["passed"]:
+    if _failed_check(entry):
         return f"{entry['name']}: FAILED the accuracy check: {failed_check(entry['accuracy'])}"
     return None
 
@@ -146,7 +162,11 @@ def _matmul_precision(value: str | None = None) -> str:
 
 
 def _went_wrong(entry: dict) -> bool:
-    return entry["status"] == FAILED or (entry["status"] == MEASURED and not entry["accuracy"]["passed"])
+    return entry["status"] == FAILED or _failed_check(entry)
+
+
+def _failed_check(entry: dict) -> bool:
+    return entry["status"] == MEASURED and not entry["yardstick"] and not entry["accuracy"]["passed"]
 
 
 class _Run:
@@ -161,6 +181,7 @@ class _Run:
         on_turn: Callable[[str, str], None],
     ) -> None:
         self._case = case
+        self._standard = standard_of(case.variant)
         self._record = record
         self._on_turn = on_turn
         self._contenders = contenders
@@ -173,16 +194,18 @@ class _Run:
         for contender in self._contenders:
             self._build(contender, workload)
         workload.refill(seed)  # a graph was captured on other numbers: it must not have kept them
-        gate = self._gate(workload)
+        gate = self._gate(workload, seed)
         for name in list(self._steps):
-            if gate is None:
-                self._fail(name, f"nothing to check it against: {TORCH} failed")
+            if self._entries[name]["yardstick"]:
                 continue
-            if name == TORCH:
+            if gate is None:
+                self._fail(name, f"nothing to check it against: {self._standard} failed")
+                continue
+            if name == self._standard:
                 continue
             self._on_turn(name, "accuracy")
             try:
-                self._entries[name]["accuracy"] = gate.check(self._steps[name].checked())
+                self._entries[name]["accuracy"] = gate.check(self._steps[name].checked(seed))
             except Exception as error:
                 self._fail(name, error)
 
@@ -204,9 +227,13 @@ class _Run:
             name: entry["time"]["median_s"] for name, entry in self._entries.items() if entry["time"] is not None
         }
         for name, median in medians.items():
-            if self._entries[name]["accuracy"]["passed"]:
+            entry = self._entries[name]
+            if not entry["yardstick"] and entry["accuracy"]["passed"]:
                 others = (baseline for baseline in BASELINES if baseline in medians and baseline != name)
-                self._entries[name]["speedup"] = {baseline: medians[baseline] / median for baseline in others}
+                entry["speedup"] = {baseline: medians[baseline] / median for baseline in others}
+                yardsticks = dict.fromkeys((plain_of(TORCH), plain_of(name)))
+                multiples = {plain: median / medians[plain] for plain in yardsticks if plain in medians}
+                entry["over_plain"] = multiples or None
 
     def _build(self, contender: Contender, workload: Workload) -> None:
         name = contender.name
@@ -239,28 +266,28 @@ class _Run:
         except Exception as error:
             self._fail(name, error)
 
-    def _gate(self, workload: Workload) -> Gate | None:
-        """Made of torch.nn.LSTM's results, which are checked here; None where it fails."""
-        if TORCH not in self._steps:
+    def _gate(self, workload: Workload, seed: int) -> Gate | None:
+        """Made of the standard's results, which are checked here; None where it fails. seed: of what it draws."""
+        if self._standard not in self._steps:
             return None
-        exact = self._exact(workload)
-        self._on_turn(TORCH, "accuracy")
+        exact = self._exact(workload, seed)
+        self._on_turn(self._standard, "accuracy")
         try:
-            results = self._steps[TORCH].checked()
+            results = self._steps[self._standard].checked(seed)
             gate = Gate(exact, results)
-            self._entries[TORCH]["accuracy"] = gate.check(results)
+            self._entries[self._standard]["accuracy"] = gate.check(results)
             return gate
         except Exception as error:
-            self._fail(TORCH, error)
+            self._fail(self._standard, error)
             return None
 
-    def _exact(self, workload: Workload) -> dict[str, Tensor]:
+    def _exact(self, workload: Workload, seed: int) -> dict[str, Tensor]:
         """The results in float64, on the CPU where the device has no room for them or no kernels."""
-        self._on_turn(TORCH, "float64")
+        self._on_turn(self._standard, "float64")
         devices = [self._case.device, "cpu"] if self._case.on_cuda else [self._case.device]
         for device in devices:
             try:
-                step = exact_step(workload, device)
+                step = exact_step(workload, device, seed)
                 results = {name: tensor.detach() for name, tensor in zip(step.names, step(), strict=True)}
             except RuntimeError:
                 if device == devices[-1]:
@@ -286,6 +313,7 @@ def _entry(contender: Contender) -> dict:
     return {
         "name": contender.name,
         "ours": contender.ours,
+        "yardstick": contender.yardstick,
         "backend": None,
         "status": FAILED,
         "reason": "not reached",
@@ -294,6 +322,7 @@ def _entry(contender: Contender) -> dict:
         "time": None,
         "peak_memory_bytes": None,
         "speedup": None,
+        "over_plain": None,
     }
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from fused_lstm.bench.contenders import TORCH
+from fused_lstm.bench.contenders import standard_of
 from fused_lstm.bench.measure import last_line, new_record
 from fused_lstm.bench.workload import Case
 
@@ -51,7 +51,7 @@ class Supervisor:
         self._silence = silence
         self._process: subprocess.Popen[str] | None = None
         self._messages: queue.Queue[dict | None] = queue.Queue()
-        self._downfalls: Counter[str] = Counter()
+        self._downfalls: Counter[tuple[str, str]] = Counter()  # by variant and contender
         self._machine: dict | None = None
 
     def machine(self, deadline: float) -> dict | None:
@@ -82,8 +82,8 @@ class Supervisor:
         """
         excluded = {
             name: f"left out: it brought the process down in {count} cases before"
-            for name, count in self._downfalls.items()
-            if count >= _CHANCES
+            for (variant, name), count in self._downfalls.items()
+            if variant == case.variant and count >= _CHANCES
         }
         while True:
             try:
@@ -91,11 +91,11 @@ class Supervisor:
                 return self._ask(case, contenders, options | {"excluded": excluded}, deadline)
             except _Downfall as downfall:
                 self.close()
-                if downfall.culprit in (None, TORCH):
+                if downfall.culprit in (None, standard_of(case.variant)):
                     record = new_record(case, self._machine, options)
                     record["error"] = str(downfall)
                     return record
-                self._downfalls[downfall.culprit] += 1
+                self._downfalls[case.variant, downfall.culprit] += 1
                 excluded[downfall.culprit] = str(downfall)
 
     def close(self) -> None:

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import fused_lstm
+from fused_lstm.bench.textbook import Conditions
+from fused_lstm.bench.variants import PLAIN, VARIANTS
+
 _SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 
 # Not float64: that is what the accuracy of the others is measured against.
@@ -26,6 +30,7 @@ class Case:
         dtype: of weights, inputs and gradients, one of `DTYPES`
         device: what `torch.device` takes
         tf32: may float32 products use TF32? On CUDA; elsewhere, and in another dtype, it changes nothing
+        variant: of the cell, one of `VARIANTS`
     """
 
     hidden_size: int
@@ -37,6 +42,7 @@ class Case:
     dtype: str = "float32"
     device: str = "cpu"
     tf32: bool = True
+    variant: str = PLAIN
 
     @property
     def directions(self) -> int:
@@ -63,6 +69,8 @@ class Case:
             words.append(f"{self.layers} layers")
         if self.bidirectional:
             words.append("bidirectional")
+        if self.variant != PLAIN:
+            words.append(self.variant)
         return " ".join(words)
 
     def lstm(self, cls: type[torch.nn.LSTM] = torch.nn.LSTM, **options) -> torch.nn.LSTM:
@@ -82,7 +90,10 @@ class Workload:
         h_0, c_0: (L * D, N, H)
         d_output: (T, N, D * H), the gradient that the training step starts from
         d_h_n, d_c_n: (L * D, N, H), likewise
-        weights: the state_dict of a torch.nn.LSTM
+        weights: the state_dict of a torch.nn.LSTM, and after it what `fused_lstm.LSTM` has more for the variant
+        reset: (T, N) bool, for the variant that is given one: one element in 20 and one at least
+        lengths: (N,) int64, likewise: from 1 to T, the first row's T
+        host_lengths: the same on the CPU, where torch wants them
     """
 
     case: Case
@@ -93,10 +104,14 @@ class Workload:
     d_h_n: Tensor
     d_c_n: Tensor
     weights: Mapping[str, Tensor]
+    reset: Tensor | None = None
+    lengths: Tensor | None = None
+    host_lengths: Tensor | None = None
 
     @classmethod
     def draw(cls, case: Case, seed: int) -> "Workload":
-        """Weights as torch.nn.LSTM draws them, U(±1/√H), and normally distributed inputs."""
+        """Weights as torch.nn.LSTM draws them, U(±1/√H), those of norms around 1; and normally distributed inputs."""
+        variant = VARIANTS[case.variant]
         state = case.layers * case.directions, case.batch_size, case.hidden_size
         features = case.hidden_size if case.input_size is None else case.input_size
         shapes = {
@@ -110,12 +125,20 @@ class Workload:
         tensors = {
             name: torch.empty(shape, dtype=case.torch_dtype, device=case.device) for name, shape in shapes.items()
         }
-        weights = {name: weight.detach() for name, weight in case.lstm().state_dict().items()}
+        if variant.given == "reset":
+            tensors["reset"] = torch.empty(case.steps, case.batch_size, dtype=torch.bool, device=case.device)
+        if variant.given == "lengths":
+            tensors["lengths"] = torch.empty(case.batch_size, dtype=torch.int64, device=case.device)
+            tensors["host_lengths"] = torch.empty(case.batch_size, dtype=torch.int64)
+        lstm = case.lstm() if case.variant == PLAIN else case.lstm(fused_lstm.LSTM, **variant.options)
+        weights = {name: weight.detach() for name, weight in lstm.state_dict().items()}
         workload = cls(case, **tensors, weights=weights)
         generator = torch.Generator(case.device).manual_seed(seed)
         bound = case.hidden_size**-0.5
-        for weight in weights.values():
+        for name, weight in weights.items():
             weight.uniform_(-bound, bound, generator=generator)
+            if name.startswith("norm") and "_weight_" in name:
+                weight += 1
         for leaf in workload.leaves:
             leaf.requires_grad_()
         workload._fill(generator)
@@ -129,6 +152,10 @@ class Workload:
     def upstream(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.d_output, self.d_h_n, self.d_c_n
 
+    @property
+    def conditions(self) -> Conditions:
+        return Conditions(self.reset, self.lengths)
+
     def refill(self, seed: int) -> None:
         """Other numbers in the same tensors, which is where a captured CUDA graph reads; the weights stay."""
         self._fill(torch.Generator(self.case.device).manual_seed(seed))
@@ -137,6 +164,13 @@ class Workload:
     def _fill(self, generator: torch.Generator) -> None:
         for tensor in (*self.leaves, *self.upstream):
             tensor.normal_(generator=generator)
+        if self.reset is not None:
+            self.reset.bernoulli_(0.05, generator=generator)
+            self.reset[-1, -1] = True
+        if self.lengths is not None:
+            self.lengths.random_(1, self.case.steps + 1, generator=generator)
+            self.lengths[0] = self.case.steps
+            self.host_lengths.copy_(self.lengths)
 
     def as_float64(self, device: torch.device | str) -> "Workload":
         """The same numbers in float64 on device."""
@@ -146,7 +180,12 @@ class Workload:
 
         case = Case(**{**vars(self.case), "dtype": "float64", "device": str(device)})
         weights = {name: convert(weight) for name, weight in self.weights.items()}
-        return Workload(case, *map(convert, (*self.leaves, *self.upstream)), weights=weights)
+        given = {
+            "reset": None if self.reset is None else self.reset.to(device),
+            "lengths": None if self.lengths is None else self.lengths.to(device),
+            "host_lengths": self.host_lengths,
+        }
+        return Workload(case, *map(convert, (*self.leaves, *self.upstream)), weights=weights, **given)
 
 
 def fresh_seed() -> int:

@@ -149,6 +149,8 @@ def test_help_names_every_option(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
     assert main(["bench", "--help"]) == 0
     output = capsys.readouterr().out
-    names = "hidden-size batch-size steps input-size layers bidirectional dtype device backend repeats warmup seed "
+    names = (
+        "hidden-size batch-size steps input-size layers bidirectional variant dtype device backend repeats warmup seed "
+    )
     for name in (names + "tf32 no-tf32 graphs no-graphs loop no-loop compile-loop json").split():
         assert f"--{name}" in output

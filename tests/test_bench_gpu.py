@@ -12,6 +12,7 @@ from fused_lstm.bench.machine import describe_machine
 from fused_lstm.bench.measure import measure, problems
 from fused_lstm.bench.supervisor import Supervisor
 from fused_lstm.bench.timing import CudaTimer
+from fused_lstm.bench.variants import VARIANTS
 from fused_lstm.bench.workload import Case, Workload
 
 pytestmark = pytest.mark.gpu
@@ -53,6 +54,23 @@ def test_every_contender_is_measured(dtype, layers):
     [graph] = (entry for entry in record["contenders"] if entry["name"] == f"{TORCH} graph")
     assert graph["accuracy"]["passed"]
     assert record["exact"] == "float64 on cuda"
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "plain"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_contender_of_a_variant_is_measured(name, dtype):
+    """Also from a graph, which draws under the same seed what the loop draws without one."""
+    sizes = case(dtype, variant=name)
+    record = measure(sizes, contenders_for(sizes, chosen_backends(None, "cuda")), **OPTIONS)
+    assert problems(record) == []
+    for entry in record["contenders"]:
+        if entry["status"] == "cannot run":
+            assert entry["ours"]
+            continue
+        assert entry["status"] == "measured", entry
+        assert entry["yardstick"] or entry["accuracy"]["passed"], entry
+    stepwise = [entry["name"] for entry in record["contenders"] if entry["over_plain"] and entry["ours"]]
+    assert {"fused_lstm stepwise", "fused_lstm stepwise graph"} <= set(stepwise)
 
 
 def test_a_graph_reads_fresh_numbers():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from fused_lstm.bench.grid import grid_cases, telling_cases, tiny
+from fused_lstm.bench.variants import VARIANTS
 from fused_lstm.bench.workload import Case
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,27 +138,42 @@ def test_a_dry_run(checkout):
     assert sum(tests["counts"].values()) == 5
     assert tests["counts"]["passed"] >= 3
 
+    yardsticks = ["torch.nn.LSTM plain", "fused_lstm reference plain"]
+    of_variants = {name: [*yardsticks, "fused_lstm reference", "textbook loop"] for name in VARIANTS}
+    for name in ("lengths", "weight_dropout"):
+        of_variants[name].insert(2, "torch.nn.LSTM")
     for name, cases, contenders in (
-        ("telling", telling_cases("cpu"), ["torch.nn.LSTM", "fused_lstm reference"]),
-        ("grid", grid_cases("cpu"), ["torch.nn.LSTM", "fused_lstm reference", "LSTMCell loop"]),
+        ("telling", telling_cases("cpu"), {"plain": ["torch.nn.LSTM", "fused_lstm reference"]}),
+        (
+            "grid",
+            grid_cases("cpu"),
+            of_variants | {"plain": ["torch.nn.LSTM", "fused_lstm reference", "LSTMCell loop"]},
+        ),
     ):
         piece = read(checkout, f"{name}.json")
         assert piece["complete"]
         assert piece["not_measured"] == []
         assert piece["cut_off"] is None
-        assert [Case(**record["case"]) for record in piece["records"]] == tiny(cases)
+        assert [Case(**record["case"], variant=record["variant"]) for record in piece["records"]] == tiny(cases)
         for record in piece["records"]:
             assert record["error"] is None
             assert record["machine"]["commit"] == "abc123"
-            assert [entry["name"] for entry in record["contenders"]] == contenders
+            assert [entry["name"] for entry in record["contenders"]] == contenders[record["variant"]]
             for entry in record["contenders"]:
                 assert entry["status"] == "measured"
-                assert (entry["speedup"] is not None) == entry["accuracy"]["passed"]
-            assert record["contenders"][1]["accuracy"]["passed"]
+                assert entry["yardstick"] == (entry["name"] in yardsticks)
+                assert (entry["accuracy"] is None) == entry["yardstick"]
+                if not entry["yardstick"]:
+                    assert (entry["speedup"] is not None) == entry["accuracy"]["passed"]
+            [ours] = (entry for entry in record["contenders"] if entry["name"] == "fused_lstm reference")
+            assert ours["accuracy"]["passed"]
 
     assert stdout.rstrip().endswith("problems: none")
     summary = (out / "summary.md").read_text()
-    assert summary.count("bf16 H=64 N=4 T=4") == 4  # telling, and the grid: alone, both directions, two layers
+    labels = re.findall("bf16 H=64 N=4 T=4(?: [a-z_0-9]+)*", summary)
+    variants = [f"bf16 H=64 N=4 T=4 {name}" for name in VARIANTS if name != "plain"]
+    assert labels[-len(variants) :] == variants
+    assert len(labels) - len(variants) == 4  # telling, and the grid: alone, both directions, two layers
     assert summary.strip("`\n").removeprefix("text\n") in stdout
 
 
@@ -259,3 +276,16 @@ def test_the_grid_has_every_variation_once():
         "bf16 H=1024 N=64 T=512 2 layers",
         "tf32 H=768 N=128 T=512",
     }
+
+
+def test_the_grid_ends_with_every_variant_layer_norm_first():
+    cases = grid_cases("cuda")
+    plain = [case for case in cases if case.variant == "plain"]
+    variants = cases[len(plain) :]
+    assert {case.variant for case in variants} == set(VARIANTS) - {"plain"}
+    assert [case.label for case in variants[:2]] == [
+        "bf16 H=512 N=64 T=512 layer_norm_gates",
+        "bf16 H=1024 N=64 T=512 layer_norm_gates",
+    ]
+    assert len(variants) == 2 * (len(VARIANTS) - 1)
+    assert len(tiny(cases)) == len(tiny(plain)) + len(variants)

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
+from fused_lstm.bench import supervisor as supervising
 from fused_lstm.bench.contenders import TORCH
 from fused_lstm.bench.supervisor import OutOfTime, Supervisor
 from fused_lstm.bench.workload import Case
@@ -97,6 +99,23 @@ def test_a_culprit_is_left_out_and_the_case_measured_again(supervise, deed, reas
     third = supervisor.measure(CASE, CONTENDERS, OPTIONS, soon())
     assert third["excluded"] == {"bad": "left out: it brought the process down in 2 cases before"}
     assert time.monotonic() - before < 1.0
+
+
+def test_a_culprit_has_its_chances_in_each_variant(supervise):
+    supervisor = supervise("die", "bad")
+    reasons = [
+        supervisor.measure(replace(CASE, variant=name), CONTENDERS, OPTIONS, soon())["excluded"]["bad"]
+        for name in ("peephole", "peephole", "zoneout", "peephole", "zoneout")
+    ]
+    assert [reason.startswith("left out") for reason in reasons] == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize(("variant", "standard"), [("plain", TORCH), ("zoneout", "good")])
+def test_without_the_standard_there_is_no_case(supervise, variant, standard, monkeypatch):
+    monkeypatch.setattr(supervising, "standard_of", {"plain": TORCH, "zoneout": "good"}.__getitem__)
+    record = supervise("die", standard).measure(replace(CASE, variant=variant), CONTENDERS, OPTIONS, soon())
+    assert record["error"].startswith(f"the process ended with status 9 during {standard}: time")
+    assert record["contenders"] == []
 
 
 def test_without_torch_there_is_no_case(supervise):
