@@ -4,6 +4,10 @@ A program owns UNITS units of one batch tile of ROWS rows. It computes gates^T[4
 where row 4 * u + k of its tile is gate k of unit u, so that the four gates of a unit meet in one thread; in memory all
 is in torch's own order. Each step it writes its h into an exchange buffer that all programs of the batch tile read.
 
+A layer norm needs the statistics of a row over all programs: each writes the mean of its own units and the sum of their
+squared deviations, waits for the others, and joins all in the same order as they do. So a step with norms waits three
+times: for the gates' statistics, for the cell's, and for h. Who waits is who arrives, so that one counter serves all.
+
 What changes the h that enters a product (resets, recurrent masks) is done by the one program that writes it, not by the
 many that read it. An option that a layer has not is a pointer that is None, and costs nothing.
 """
@@ -18,7 +22,9 @@ from torch import Tensor
 from fused_lstm.kernels import persistent_launch
 from fused_lstm.kernels.activations import sigmoid, tanh
 from fused_lstm.kernels.interpretation import INTERPRETED
+from fused_lstm.kernels.norms import EPS
 from fused_lstm.kernels.persistent_configs import PersistentConfig, starts
+from fused_lstm.kernels.row_statistics import row_statistics
 from fused_lstm.kernels.synchronization import arrive, wait
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -88,9 +94,86 @@ def product(w, ptrs, K_SIZES: tl.constexpr, K_STARTS: tl.constexpr, AT_ONCE: tl.
     return acc
 
 
+@triton.jit
+def laid_out_as(x, loaded):
+    """x, in the layout of a tile that was loaded, without reading it.
+
+    Nothing else tells the compiler that what becomes of x meets such tiles in the end, and it would convert each result
+    on its own, through shared memory.
+    """
+    if _INTERPRETED:
+        return x
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [x, loaded], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def load_vectors(ptrs, H: tl.constexpr, inside):
+    """A parameter of the gates, (4H): four [UNITS, 1] in float32."""
+    i, f, g, o = load_gates(ptrs, H, inside, 0.0)
+    return i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32)
+
+
+@triton.jit
+def sum_units(x, own):
+    """[1, ROWS]: over the units of a program, or over those of them that own says are there."""
+    return tl.sum(x if own is None else tl.where(own, x, 0.0), 0, keep_dims=True)
+
+
+@triton.jit
+def moments(x, own, share):
+    """Over the units of a program, [1, ROWS]: the mean and the sum of squared deviations. share: 1 / their number.
+
+    In two passes over registers: from a mean of squares the variance of a row with a large mean would come out wild.
+    """
+    mean = sum_units(x, own) * share
+    x -= mean
+    return mean, sum_units(x * x, own)
+
+
+@triton.jit
+def moments_together(i, f, g, o, own, share):
+    """Likewise over all four gates of the units."""
+    mean = sum_units((i + f) + (g + o), own) * (share / 4)
+    i, f, g, o = i - mean, f - mean, g - mean, o - mean
+    return mean, sum_units((i * i + f * f) + (g * g + o * o), own)
+
+
+@triton.jit
+def store_moments(ptrs, mine, mean, squares, SIZE: tl.constexpr):
+    """Into the place that mine [UNITS, 1] says, of the UNITS behind ptrs [UNITS, ROWS].
+
+    So, as a tile of the very shape that c has, they are stored and loaded from the threads that computed them.
+    """
+    tl.store(ptrs, tl.broadcast_to(mean, ptrs.shape), mask=mine)
+    tl.store(ptrs + SIZE, tl.broadcast_to(squares, ptrs.shape), mask=mine)
+
+
+@triton.jit
+def join_moments(ptrs, shares, UNITS: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
+    """All programs' moments, UNITS by UNITS: mean and reciprocal deviation [1, ROWS] of the COUNT numbers they are of.
+
+    shares: of each program in these numbers.
+    """
+    means = ()
+    squares = ()
+    for k in tl.static_range(len(shares)):
+        means = means + (tl.load(ptrs + k * UNITS, cache_modifier=".cg"),)  # noqa: RUF005
+        squares = squares + (tl.load(ptrs + SIZE + k * UNITS, cache_modifier=".cg"),)  # noqa: RUF005
+    total = means[0] * shares[0]
+    for k in tl.static_range(1, len(shares)):
+        total += means[k] * shares[k]
+    mean = tl.sum(total, 0, keep_dims=True)
+    deviation = means[0] - mean
+    total = deviation * deviation * shares[0] + squares[0] * (1.0 / COUNT)
+    for k in tl.static_range(1, len(shares)):
+        deviation = means[k] - mean
+        total += deviation * deviation * shares[k] + squares[k] * (1.0 / COUNT)
+    return mean, tl.rsqrt(tl.sum(total, 0, keep_dims=True) + EPS)
+
+
 @triton.jit(do_not_specialize=["steps", "batch_size", "backwards"])  # one compilation serves every value of these
 def forward_kernel(
-    gates_ptr,  # (D, T, N, 4H): the input product; the activated gates on return, if SAVE
+    gates_ptr,  # (D, T, N, 4H): the input product; on return, if SAVE, what Walk says
     weight_ptr,  # (4H, H): of the first direction
     second_weight_ptr,  # (4H, H): of the second, or None
     exchange_ptr,  # (D, 2, batch tiles * ROWS, K): h that enters a step, zero beyond N and H; [:, 0] holds h0
@@ -107,6 +190,16 @@ def forward_kernel(
     reset_h_ptr,  # (N, H)
     reset_c_ptr,  # (N, H)
     entered_ptr,  # (D, T, N, H): written
+    # of the norms: under "gates" norm_gates_*; under "projections..." norm_ih_*, and all biases in one
+    norm_weight_ptr,  # (D, 4H)
+    norm_hh_weight_ptr,  # (D, 4H)
+    norm_bias_ptr,  # (D, 4H)
+    norm_cell_weight_ptr,  # (D, H)
+    norm_cell_bias_ptr,  # (D, H)
+    input_mean_ptr,  # (D, T, N) float32: of the input product, under "projections..."
+    input_scale_ptr,  # (D, T, N) float32: 1 / its deviation
+    product_ptr,  # (D, T, N, 4H): W_hh h under "projections...", written
+    statistics_ptr,  # (D, batch tiles, moments, ROWS, programs) float32 zeros, where there are several programs
     steps,
     batch_size,
     backwards,  # bit d: direction d walks from the last step to the first
@@ -123,6 +216,7 @@ def forward_kernel(
     SAVE: tl.constexpr,
     ZONEOUT_H: tl.constexpr,  # None, "mask" or "rate"
     ZONEOUT_C: tl.constexpr,
+    LAYER_NORM: tl.constexpr,
     PRECISION: tl.constexpr,
     APPROX: tl.constexpr,
     HOIST: tl.constexpr,  # keep what does not change over the steps in registers, which are then full of descriptors
@@ -174,6 +268,8 @@ def forward_kernel(
     h_ptrs = x_ptrs + unit[:, None]
     counter = counter_ptr + batch_tile * tl.num_programs(2) + direction
 
+    inside = (unit < H)[:, None]
+    row_inside = (row < batch_size)[None, :]
     if entered_ptr is not None:
         entered_ptrs = entered_ptr + start * H + state
         entered = tl.load(h_ptrs)
@@ -187,22 +283,65 @@ def forward_kernel(
         h_old = tl.load(h0_ptr + direction * batch_size * H + state, mask=mask, other=other)
     if weight_ph_ptr is not None:
         weight_ph_ptrs = weight_ph_ptr + direction * 3 * H + unit[:, None]
-        peep_i = tl.load(weight_ph_ptrs, mask=(unit < H)[:, None], other=0.0).to(tl.float32)
-        peep_f = tl.load(weight_ph_ptrs + H, mask=(unit < H)[:, None], other=0.0).to(tl.float32)
-        peep_o = tl.load(weight_ph_ptrs + 2 * H, mask=(unit < H)[:, None], other=0.0).to(tl.float32)
+        peep_i = tl.load(weight_ph_ptrs, mask=inside, other=0.0).to(tl.float32)
+        peep_f = tl.load(weight_ph_ptrs + H, mask=inside, other=0.0).to(tl.float32)
+        peep_o = tl.load(weight_ph_ptrs + 2 * H, mask=inside, other=0.0).to(tl.float32)
     if recurrent_mask_ptr is not None:
         recurrent_ptrs = recurrent_mask_ptr + direction * batch_size * H + state
         recurrent_mask = tl.load(recurrent_ptrs, mask=mask, other=other).to(tl.float32)
     if reset_ptr is not None:
         reset_ptrs = reset_ptr + first + row[None, :]
-        reset_mask = (row < batch_size)[None, :]
-        reset = tl.load(reset_ptrs, mask=reset_mask, other=0) != 0  # in this step; one step ahead, for the next
+        reset = tl.load(reset_ptrs, mask=row_inside, other=0) != 0  # of this step, for c; of the next, for h
         reset_ptrs += tl.where(steps > 1, ahead, 0)
-        reset_next = tl.load(reset_ptrs, mask=reset_mask, other=0) != 0
+        reset_next = tl.load(reset_ptrs, mask=row_inside, other=0) != 0
         reset_h = tl.load(reset_h_ptr + state, mask=mask, other=other)
         reset_c = tl.load(reset_c_ptr + state, mask=mask, other=other).to(tl.float32)
         if ZONEOUT_H is not None:
             h_old = tl.where(reset, reset_h, h_old)
+
+    PROJECTIONS: tl.constexpr = LAYER_NORM == "projections" or LAYER_NORM == "projections_cell"
+    WAITS: tl.constexpr = 1 if LAYER_NORM is None else 3  # in a step
+    if LAYER_NORM is not None:
+        own = None  # which of the units there are, or None for all
+        share = 1.0 / UNITS
+        if H < K:
+            own = inside
+            share = 1.0 / tl.minimum(tl.maximum(H - tile * UNITS, 1), UNITS)
+        vector = direction * 4 * H + unit[:, None]
+        weight_i, weight_f, weight_g, weight_o = load_vectors(norm_weight_ptr + vector, H, inside)
+        if norm_bias_ptr is not None:
+            bias_i, bias_f, bias_g, bias_o = load_vectors(norm_bias_ptr + vector, H, inside)
+        if PROJECTIONS:
+            hh_weight_i, hh_weight_f, hh_weight_g, hh_weight_o = load_vectors(norm_hh_weight_ptr + vector, H, inside)
+            input_offset = start + row[None, :]
+            input_mean = tl.load(input_mean_ptr + input_offset, mask=row_inside, other=0.0)
+            input_scale = tl.load(input_scale_ptr + input_offset, mask=row_inside, other=0.0)
+            if SAVE:
+                product_ptrs = product_ptr + start * (4 * H) + row[None, :] * (4 * H) + unit[:, None]
+        cell_vector = direction * H + unit[:, None]
+        cell_weight = tl.load(norm_cell_weight_ptr + cell_vector, mask=inside, other=0.0).to(tl.float32)
+        cell_bias = tl.load(norm_cell_bias_ptr + cell_vector, mask=inside, other=0.0).to(tl.float32)
+    if LAYER_NORM is not None and PROGRAMS > 1:
+        # One buffer serves all steps: who writes a step's moments has waited for the last one's h, and all programs had
+        # read the last one's moments before they arrived at that.
+        GATE_MOMENTS: tl.constexpr = 2 if PROJECTIONS else 8
+        CHUNKS: tl.constexpr = (PROGRAMS + UNITS - 1) // UNITS
+        SIZE: tl.constexpr = ROWS * CHUNKS * UNITS  # of one moment of all programs
+        place = tl.arange(0, UNITS)[:, None]
+        mine = place == tile % UNITS
+        pair = direction * tl.num_programs(1) + batch_tile
+        gate_moments = statistics_ptr + pair * (GATE_MOMENTS + 2) * SIZE
+        gate_moments += tl.arange(0, ROWS)[None, :] * (CHUNKS * UNITS) + place
+        cell_moments = gate_moments + GATE_MOMENTS * SIZE
+        my_gate_moments = gate_moments + tile // UNITS * UNITS
+        my_cell_moments = cell_moments + tile // UNITS * UNITS
+        shares = ()
+        for k in tl.static_range(CHUNKS):
+            if H == UNITS * UNITS * CHUNKS:
+                shares = shares + (1.0 / PROGRAMS,)  # noqa: RUF005
+            else:
+                units = tl.minimum(tl.maximum(H - (k * UNITS + place) * UNITS, 0), UNITS)
+                shares = shares + (units.to(tl.float32) / H,)  # noqa: RUF005
 
     c = tl.load(c_ptrs, mask=mask, other=other)
     i_in, f_in, g_in, o_in = load_gates(gate_ptrs, H, mask, other)
@@ -210,19 +349,88 @@ def forward_kernel(
     for step in tl.range(0, steps, disable_licm=not HOIST):
         gates = product(w, x_ptrs + slot * exchange_size, K_SIZES, K_STARTS, AT_ONCE, PRECISION)
         i, f, g, o = split_gates(gates, UNITS, ROWS)
+        i_in, f_in, g_in, o_in = i_in.to(tl.float32), f_in.to(tl.float32), g_in.to(tl.float32), o_in.to(tl.float32)
+        if PROJECTIONS:
+            i, f, g, o = laid_out_as(i, i_in), laid_out_as(f, f_in), laid_out_as(g, g_in), laid_out_as(o, o_in)
+        else:
+            i, f, g, o = i + i_in, f + f_in, g + g_in, o + o_in
+        if LAYER_NORM == "gates":
+            i_mean, i_squares = moments(i, own, share)
+            f_mean, f_squares = moments(f, own, share)
+            g_mean, g_squares = moments(g, own, share)
+            o_mean, o_squares = moments(o, own, share)
+            if PROGRAMS > 1:
+                store_moments(my_gate_moments, mine, i_mean, i_squares, SIZE)
+                store_moments(my_gate_moments + 2 * SIZE, mine, f_mean, f_squares, SIZE)
+                store_moments(my_gate_moments + 4 * SIZE, mine, g_mean, g_squares, SIZE)
+                store_moments(my_gate_moments + 6 * SIZE, mine, o_mean, o_squares, SIZE)
+                arrive(counter)
+            if SAVE:
+                store_gates(gate_ptrs, H, i, f, g, o, mask)
+            if PROGRAMS > 1:
+                wait(counter, (WAITS * step + 1) * PROGRAMS)
+                i_mean, i_scale = join_moments(gate_moments, shares, UNITS, SIZE, H)
+                f_mean, f_scale = join_moments(gate_moments + 2 * SIZE, shares, UNITS, SIZE, H)
+                g_mean, g_scale = join_moments(gate_moments + 4 * SIZE, shares, UNITS, SIZE, H)
+                o_mean, o_scale = join_moments(gate_moments + 6 * SIZE, shares, UNITS, SIZE, H)
+            else:
+                i_scale = tl.rsqrt(i_squares / H + EPS)
+                f_scale = tl.rsqrt(f_squares / H + EPS)
+                g_scale = tl.rsqrt(g_squares / H + EPS)
+                o_scale = tl.rsqrt(o_squares / H + EPS)
+            i = (i - i_mean) * i_scale * weight_i + bias_i
+            f = (f - f_mean) * f_scale * weight_f + bias_f
+            g = (g - g_mean) * g_scale * weight_g + bias_g
+            o = (o - o_mean) * o_scale * weight_o + bias_o
+        if PROJECTIONS:
+            mean, squares = moments_together(i, f, g, o, own, share)
+            if PROGRAMS > 1:
+                store_moments(my_gate_moments, mine, mean, squares, SIZE)
+                arrive(counter)
+            if SAVE:
+                store_gates(product_ptrs, H, i, f, g, o, mask)
+                product_ptrs += 4 * step_size
+            i_in = (i_in - input_mean) * input_scale * weight_i
+            f_in = (f_in - input_mean) * input_scale * weight_f
+            g_in = (g_in - input_mean) * input_scale * weight_g
+            o_in = (o_in - input_mean) * input_scale * weight_o
+            if norm_bias_ptr is not None:
+                i_in, f_in, g_in, o_in = i_in + bias_i, f_in + bias_f, g_in + bias_g, o_in + bias_o
+            if PROGRAMS > 1:
+                wait(counter, (WAITS * step + 1) * PROGRAMS)
+                mean, scale = join_moments(gate_moments, shares, UNITS, SIZE, 4 * H)
+            else:
+                scale = tl.rsqrt(squares / (4 * H) + EPS)
+            i = (i - mean) * scale * hh_weight_i + i_in
+            f = (f - mean) * scale * hh_weight_f + f_in
+            g = (g - mean) * scale * hh_weight_g + g_in
+            o = (o - mean) * scale * hh_weight_o + o_in
         if reset_ptr is not None:
             c = tl.where(reset, reset_c, c)
-        i_in, f_in, g_in, o_in = i_in.to(tl.float32), f_in.to(tl.float32), g_in.to(tl.float32), o_in.to(tl.float32)
         if weight_ph_ptr is not None:
-            i_in, f_in = i_in + peep_i * c, f_in + peep_f * c
-        i = sigmoid(i + i_in, APPROX)
-        f = sigmoid(f + f_in, APPROX)
-        g = tanh(g + g_in, APPROX)
+            i += peep_i * c
+            f += peep_f * c
+        i = sigmoid(i, APPROX)
+        f = sigmoid(f, APPROX)
+        g = tanh(g, APPROX)
         c_new = f * c + i * g
+        shown = c_new
+        if LAYER_NORM is not None:
+            mean, squares = moments(c_new, own, share)
+            if PROGRAMS > 1:
+                store_moments(my_cell_moments, mine, mean, squares, SIZE)
+                arrive(counter)
+                wait(counter, (WAITS * step + 2) * PROGRAMS)
+                mean, scale = join_moments(cell_moments, shares, UNITS, SIZE, H)
+            else:
+                scale = tl.rsqrt(squares / H + EPS)
+            shown = (c_new - mean) * scale * cell_weight + cell_bias
+        if LAYER_NORM == "projections_cell":
+            c_new = shown
         if weight_ph_ptr is not None:
-            o_in += peep_o * c_new
-        o = sigmoid(o + o_in, APPROX)
-        h = (o * tanh(c_new, APPROX)).to(output_ptr.dtype.element_ty)
+            o += peep_o * c_new
+        o = sigmoid(o, APPROX)
+        h = (o * tanh(shown, APPROX)).to(output_ptr.dtype.element_ty)
         if ZONEOUT_H == "mask":
             h = tl.where(zoned_h != 0, h_old, h)
         elif ZONEOUT_H == "rate":
@@ -257,10 +465,10 @@ def forward_kernel(
         if SAVE:
             c_ptrs += step_size
             tl.store(c_ptrs, c, mask=mask)
-            store_gates(gate_ptrs, H, i, f, g, o, mask)
-        gate_ptrs += tl.where(
-            step + 1 < steps, 4 * step_size, 0
-        )  # after the last step it is read once more, for nothing
+            if LAYER_NORM is None:
+                store_gates(gate_ptrs, H, i, f, g, o, mask)
+        # what the next step needs; after the last one its own once more, for nothing
+        gate_ptrs += tl.where(step + 1 < steps, 4 * step_size, 0)
         i_in, f_in, g_in, o_in = load_gates(gate_ptrs, H, mask, other)
         if ZONEOUT_H == "mask":
             zoneout_h_ptrs += tl.where(step + 1 < steps, step_size, 0)
@@ -271,9 +479,13 @@ def forward_kernel(
         if reset_ptr is not None:
             reset = reset_next
             reset_ptrs += tl.where(step + 2 < steps, ahead, 0)
-            reset_next = tl.load(reset_ptrs, mask=reset_mask, other=0) != 0
+            reset_next = tl.load(reset_ptrs, mask=row_inside, other=0) != 0
+        if PROJECTIONS:
+            input_offset += tl.where(step + 1 < steps, ahead, 0)
+            input_mean = tl.load(input_mean_ptr + input_offset, mask=row_inside, other=0.0)
+            input_scale = tl.load(input_scale_ptr + input_offset, mask=row_inside, other=0.0)
         if PROGRAMS > 1 and step + 1 < steps:
-            wait(counter, (step + 1) * PROGRAMS)
+            wait(counter, WAITS * (step + 1) * PROGRAMS)
     if not SAVE:
         tl.store(c_ptrs, c, mask=mask)
 
@@ -336,6 +548,7 @@ def _walk(walk: Any, config: PersistentConfig) -> None:
         "reset_h_ptr": None if reset is None else reset_h.contiguous(),
         "reset_c_ptr": None if reset is None else reset_c.contiguous(),
         "entered_ptr": walk.entered if walk.save else None,
+        **_norm_tensors(walk, config),
     }
     backwards = sum(reverse << d for d, reverse in enumerate(walk.reverse))
     masked = persistent_launch.is_masked(config, hidden_size, batch_size)
@@ -344,12 +557,47 @@ def _walk(walk: Any, config: PersistentConfig) -> None:
         "SAVE": walk.save,
         "ZONEOUT_H": zoneout_h,
         "ZONEOUT_C": zoneout_c,
+        "LAYER_NORM": walk.layer_norm,
         "PRECISION": "tf32",
         "APPROX": gates.dtype == torch.bfloat16,
     }
     in_order = [tensors[name] for name in forward_kernel.arg_names if name.endswith("_ptr")]
     sizes = (steps, batch_size, backwards, zoneout_h_rate, zoneout_c_rate)
     persistent_launch.launch(forward_kernel, config, in_order, sizes, constants)
+
+
+def _norm_tensors(walk: Any, config: PersistentConfig) -> dict[str, Tensor | None]:
+    """What the kernel takes for layer norm, by its arguments' names."""
+
+    def stacked(name: str) -> Tensor | None:
+        return _stacked([getattr(p, name) for p in walk.parameters])
+
+    gates = walk.layer_norm == "gates"
+    projections = walk.layer_norm is not None and not gates
+    mean, scale = row_statistics(walk.gates) if projections else (None, None)
+    statistics = None
+    if walk.layer_norm is not None and config.programs > 1:
+        places = -(-config.programs // config.units) * config.units
+        shape = (walk.gates.size(0), config.batch_tiles, 10 if gates else 4, config.rows, places)
+        statistics = walk.gates.new_zeros(shape, dtype=torch.float32)
+    return {
+        "norm_weight_ptr": stacked("norm_gates_weight" if gates else "norm_ih_weight"),
+        "norm_hh_weight_ptr": stacked("norm_hh_weight"),
+        "norm_bias_ptr": stacked("norm_gates_bias") if gates else _biases(walk) if projections else None,
+        "norm_cell_weight_ptr": stacked("norm_cell_weight"),
+        "norm_cell_bias_ptr": stacked("norm_cell_bias"),
+        "input_mean_ptr": mean,
+        "input_scale_ptr": scale,
+        "product_ptr": walk.product if projections and walk.save else None,
+        "statistics_ptr": statistics,
+    }
+
+
+def _biases(walk: Any) -> Tensor | None:
+    """(D, 4H): all biases behind the norms of the projections in one."""
+    names = ("bias_ih", "bias_hh", "norm_ih_bias", "norm_hh_bias")
+    of_each = [[getattr(p, name) for name in names if getattr(p, name) is not None] for p in walk.parameters]
+    return _stacked([sum(bias.float() for bias in biases) if biases else None for biases in of_each])
 
 
 def _stacked(of_each: list[Tensor | None]) -> Tensor | None:

@@ -27,14 +27,10 @@ def config_for(tensor: Tensor, hidden_size: int, batch_size: int, directions: in
     return persistent_config(_device(tensor.device), tensor.element_size(), hidden_size, batch_size, directions)
 
 
-def obstacle(
-    device: torch.device, dtype: torch.dtype, hidden_size: int, batch_size: int, layer_norm: str | None = None
-) -> str | None:
+def obstacle(device: torch.device, dtype: torch.dtype, hidden_size: int, batch_size: int) -> str | None:
     """Why a layer's steps cannot run in one launch on device, or None if they can."""
     if dtype == torch.float64:
         return "its products are the matrix units', which take no float64"
-    if layer_norm is not None:
-        return "it knows no layer norm"
     if not _CAN_KEEP_LOOPS:
         return f"it needs Triton 3.5 or newer, got {triton.__version__}"
     if not INTERPRETED and not torch.cuda.is_available():

@@ -8,6 +8,7 @@ from fused_lstm.kernels.persistent_configs import DoesNotFit, PersistentConfig, 
 from fused_lstm.kernels.persistent_forward import forward_kernel, forward_tiling
 from fused_lstm.kernels.persistent_launch import is_masked
 from fused_lstm.kernels.resources import Case
+from fused_lstm.kernels.row_statistics import row_statistics_kernel
 from fused_lstm.kernels.stepwise_cases import stepwise_cases
 
 DEVICES = {80: "a100", 90: "h100", 100: "b200", 120: "rtx5090"}
@@ -16,6 +17,8 @@ DEVICES = {80: "a100", 90: "h100", 100: "b200", 120: "rtx5090"}
 def cases(capability: int) -> Iterator[Case]:
     """Every kernel in every dtype; variants and further sizes in bfloat16."""
     yield from stepwise_cases()
+    types = {"x_ptr": "*bf16", "*": "*fp32"}
+    yield Case("row statistics, bf16, 2048", row_statistics_kernel, {"SIZE": 2048, "BLOCK": 2048}, types, 4)
     yield from _persistent(capability)
 
 
@@ -33,6 +36,9 @@ def _persistent(capability: int) -> Iterator[Case]:
         masked = is_masked(config, hidden_size, batch_size)
         yield _persistent_forward(dtype, hidden_size, config, masked)
         yield _persistent_backward(dtype, hidden_size, config, masked)
+        if (dtype, hidden_size) == ("bf16", 1024) and batch_size == 16:
+            for option in _LAYER_NORMS:
+                yield _persistent_forward(dtype, hidden_size, config, masked, option=option)
         if (dtype, hidden_size) == ("bf16", 512) and batch_size == 16:
             yield _persistent_forward(dtype, hidden_size, config, masked, save=False)
             yield _persistent_forward(dtype, hidden_size, config, masked, directions=2)
@@ -43,13 +49,21 @@ def _persistent(capability: int) -> Iterator[Case]:
                 yield _persistent_backward(dtype, hidden_size, config, masked, option=option)
 
 
-# What each option of the forward kernel has that the plain one has not.
+_LAYER_NORMS = ("gates", "projections", "projections_cell")
+_NORM_POINTERS = ("norm_weight_ptr", "norm_bias_ptr", "norm_cell_weight_ptr", "norm_cell_bias_ptr", "statistics_ptr")
+_NORMS = dict.fromkeys(_NORM_POINTERS, "*fp32")
+_PROJECTIONS = dict.fromkeys(("norm_hh_weight_ptr", "input_mean_ptr", "input_scale_ptr"), "*fp32")
+_PROJECTIONS |= {"product_ptr": None}
+# Pointers that an option of the forward kernel has and the plain one has not, by their types; None: the layer's own.
 _FORWARD_OPTIONS = {
     "peephole": {"weight_ph_ptr": "*fp32"},
     "zoneout masks": {"zoneout_h_ptr": "*u8", "zoneout_c_ptr": "*u8", "h0_ptr": None},
     "zoneout rates": {"h0_ptr": None},
     "recurrent mask": {"recurrent_mask_ptr": None, "entered_ptr": None},
     "reset": {"reset_ptr": "*u8", "reset_h_ptr": None, "reset_c_ptr": None, "entered_ptr": None},
+    "gates": _NORMS,
+    "projections": _NORMS | _PROJECTIONS,
+    "projections_cell": _NORMS | _PROJECTIONS,
 }
 
 
@@ -68,6 +82,7 @@ def _persistent_forward(
         "SAVE": save,
         "ZONEOUT_H": zoneout,
         "ZONEOUT_C": zoneout,
+        "LAYER_NORM": option if option in _LAYER_NORMS else None,
         "PRECISION": "tf32",
         "APPROX": dtype == "bf16",
     }

@@ -50,6 +50,32 @@ def late_program(monkeypatch):
 
 
 @pytest.fixture
+def slow_program(monkeypatch):
+    """slow_program(module, *names): the grid's first program waits a moment before each call of these functions."""
+    run_program, running = concurrent_interpreter._run_program, []
+
+    def run_noted(kernel, index, *rest):
+        running.append(index)
+        run_program(kernel, index, *rest)
+
+    def slow(module, *names):
+        monkeypatch.setattr(concurrent_interpreter, "_run_program", run_noted)
+        for name in names:
+            monkeypatch.setattr(module, name, slowed(getattr(module, name)))
+
+    def slowed(function):
+        @functools.wraps(getattr(function, "fn", function))
+        def late(*args):
+            if running == [(0, 0, 0)]:
+                time.sleep(0.3)
+            return function(*args)
+
+        return late
+
+    return slow
+
+
+@pytest.fixture
 def skip_call(monkeypatch):
     """skip_call(module, name, skipped, of): of every so many calls the skipped-th, counted from 0, does nothing."""
 
