@@ -29,7 +29,7 @@ def train(module, input, lengths, hx):
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
 def test_equals_torch(bidirectional, with_lengths, recompute, device):
     torch.manual_seed(0)
-    steps, batch_size, input_size, hidden_size = 4, 18, 8, 24
+    steps, batch_size, input_size, hidden_size = 6, 50, 8, 40
     options = {"num_layers": 2, "bidirectional": bidirectional, "device": device}
     exact = torch.nn.LSTM(input_size, hidden_size, dtype=torch.float64, **options)
     theirs = torch.nn.LSTM(input_size, hidden_size, **options)
@@ -59,3 +59,30 @@ def test_recompute_is_shown_and_kept(tmp_path):
 def test_recompute_is_a_bool():
     with pytest.raises(TypeError, match="recompute should be of type bool, got: int"):
         fused_lstm.LSTM(3, 4, recompute=1)
+
+
+OPTIONS = {
+    "peephole_zoneout": {"peephole": True, "zoneout": (0.2, 0.1), "recurrent_dropout": 0.25},
+    "gates": {"layer_norm": "gates", "bidirectional": True},
+    "projections": {"layer_norm": "projections", "zoneout": 0.1, "recompute": True},
+    "projections_cell": {"layer_norm": "projections_cell", "peephole": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_equal_the_reference(options, device):
+    """Under the same seed: the draws are the same on every backend and in every dtype of a CPU."""
+    torch.manual_seed(2)
+    reset = None if "bidirectional" in options else torch.rand(8, 48, device=device) < 0.3
+    found = []
+    for backend, dtype in (("persistent", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        torch.manual_seed(0)
+        module = fused_lstm.LSTM(8, 24, 2, device=device, backend=backend, **options).to(dtype)
+        input = torch.randn(8, 48, 8, device=device).to(dtype).requires_grad_()
+        torch.manual_seed(1)
+        output, (h_n, c_n) = module(input, reset=reset)
+        loss = (output**2).sum() + h_n.sum() + (c_n**3).sum()
+        gradients = torch.autograd.grad(loss, [input, *module.parameters()])
+        found.append([output, h_n, c_n, *gradients])
+    for actual, same_dtype, true in zip(*found, strict=True):
+        assert_as_accurate(actual, same_dtype, true)
