@@ -1,7 +1,7 @@
 """The persistent backend: one launch a layer walks all time steps of all its directions, W_hh stays on chip.
 
-Forward it knows every option of the cell. Backward it knows the plain cell; where a walk has options, its backward is the
-stepwise one, a product and a kernel a step: both fill the same buffers from the same buffers.
+Forward it knows every option of the cell. Backward it knows the plain cell; where a walk has options, its backward is
+the stepwise one, a product and a kernel a step: both fill the same buffers from the same buffers.
 """
 
 from typing import Any
