@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import fused_lstm
 from fused_lstm.bench import textbook
 from fused_lstm.bench.errors import UserError
-from fused_lstm.bench.textbook import Draws
+from fused_lstm.bench.textbook import Cell, Draws
 from fused_lstm.bench.variants import PLAIN, VARIANTS
 from fused_lstm.bench.workload import Case, Workload
 
@@ -180,7 +180,7 @@ def contenders_for(
     """Who takes part, torch.nn.LSTM first, ours next.
 
     In a variant's case these two compute the plain cell, as yardsticks; then come torch.nn.LSTM where it has a way to
-    compute the variant, ours, and the loop.
+    compute the variant, ours, and the loop; beside recompute also one that saves memory as it does.
 
     Args:
         case: the sizes and the device
@@ -237,6 +237,8 @@ def _variant_contenders(case: Case, backends: Sequence[str], graphs: bool, compi
     if case.variant in _TORCHS_OWN:
         contenders.append(Contender(TORCH, _TORCHS_OWN[case.variant]))
     contenders += [*ours, Contender(TEXTBOOK_LOOP, _textbook_loop)]
+    if "recompute" in VARIANTS[case.variant].options:
+        contenders.append(Contender(f"{TEXTBOOK_LOOP} checkpointed", _checkpointed_loop))
     if compile_loop:
         contenders.append(Contender(f"{TEXTBOOK_LOOP} compiled", _compiled_textbook_loop))
     return contenders
@@ -329,13 +331,16 @@ def _as_exact(drawn: Tensor | None, device: torch.device | str) -> Tensor | None
     return drawn.to(device) if drawn.dtype == torch.bool else drawn.to(device, torch.float64)
 
 
-def _textbook_loop(workload: Workload, factors: Sequence[Draws] | None = None, compiled: bool = False) -> Model:
+def _textbook_loop(
+    workload: Workload, factors: Sequence[Draws] | None = None, compiled: bool = False, cell: Cell | None = None
+) -> Model:
     """
     Args:
         factors: for each layer and direction, what was drawn, weight_hh being a factor; None: each call draws anew
         compiled: all but the drawing, which torch.compile would do in another way
+        cell: in place of the variant's
     """
-    cell = VARIANTS[workload.case.variant].cell
+    cell = cell or VARIANTS[workload.case.variant].cell
     parameters = _leaves(workload.weights)
     layers = textbook.by_layer(parameters)
     walk = torch.compile(textbook.walk) if compiled else textbook.walk
@@ -355,6 +360,10 @@ def _textbook_loop(workload: Workload, factors: Sequence[Draws] | None = None, c
 
 def _compiled_textbook_loop(workload: Workload) -> Model:
     return _textbook_loop(workload, compiled=True)
+
+
+def _checkpointed_loop(workload: Workload) -> Model:
+    return _textbook_loop(workload, cell=textbook.checkpointed_cell)
 
 
 def _cell_loop(workload: Workload) -> Model:

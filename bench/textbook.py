@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout, layer_norm, linear
+from torch.utils.checkpoint import checkpoint
 
 Weights = Mapping[str, Tensor]
 Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -24,6 +25,16 @@ def torch_cell(w: Weights) -> Step:
         return torch.lstm_cell(x, (h, c), *weights)
 
     return step
+
+
+def checkpointed_cell(w: Weights) -> Step:
+    """The same, keeping x, h and c alone for the backward, which runs the step again."""
+    step = torch_cell(w)
+
+    def checkpointed(x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        return checkpoint(step, x, h, c, use_reentrant=False, preserve_rng_state=False)
+
+    return checkpointed
 
 
 def gate_norm_cell(w: Weights) -> Step:

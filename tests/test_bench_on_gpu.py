@@ -142,6 +142,7 @@ def test_a_dry_run(checkout):
     of_variants = {name: [*yardsticks, "fused_lstm reference", "textbook loop"] for name in VARIANTS}
     for name in ("lengths", "weight_dropout"):
         of_variants[name].insert(2, "torch.nn.LSTM")
+    of_variants["recompute"].append("textbook loop checkpointed")
     for name, cases, contenders in (
         ("telling", telling_cases("cpu"), {"plain": ["torch.nn.LSTM", "fused_lstm reference"]}),
         (

@@ -90,6 +90,19 @@ def test_torch_computes_the_same_where_it_can(name):
     assert_near(results_of(TORCH, workload), results_of(TEXTBOOK_LOOP, workload), 1e-11)
 
 
+def test_a_checkpointed_loop_keeps_less_and_computes_the_same():
+    workload = Workload.draw(small("recompute", dtype="float64", layers=2), seed=1)
+    assert_near(results_of("textbook loop checkpointed", workload), results_of(TEXTBOOK_LOOP, workload), 1e-11)
+    kept = {}
+    for contender in contenders_for(workload.case, [])[-2:]:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            results = contender.build(workload).forward(*workload.leaves)
+        kept[contender.name] = sum(sizes)
+        del results
+    assert kept["textbook loop checkpointed"] < 0.5 * kept[TEXTBOOK_LOOP]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_exact_step_computes_on_the_draws_of_the_others(name):
     """In another dtype; one draw more or less would be another mask."""
@@ -155,10 +168,11 @@ def test_refill_gives_other_conditions_in_the_same_memory(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_who_takes_part_on_a_cpu(name):
     torchs_own = [TORCH] if name in ("lengths", "weight_dropout") else []
+    loops = [TEXTBOOK_LOOP, *(["textbook loop checkpointed"] if name == "recompute" else [])]
     yardsticks = ["torch.nn.LSTM plain", "fused_lstm reference plain", "fused_lstm torch plain"]
     ours = ["fused_lstm reference", "fused_lstm torch"]
     contenders = contenders_for(small(name), ["reference", "torch"])
-    assert [c.name for c in contenders] == [*yardsticks, *torchs_own, *ours, TEXTBOOK_LOOP]
+    assert [c.name for c in contenders] == [*yardsticks, *torchs_own, *ours, *loops]
     assert [c.name for c in contenders if c.yardstick] == yardsticks
     assert [c.name for c in contenders if c.ours] == [*yardsticks[1:], *ours]
     more = contenders_for(small(name), ["reference", "torch"], compile_loop=True, loop=False)
