@@ -45,12 +45,7 @@ class AWDLearner(Learner):
         self.averaging_from = state_dict["averaging_from"]
 
     def _make_optimizer(self, options: TrainingOptions) -> torch.optim.Optimizer:
-        return fused_lstm.NTASGD(
-            self.model.parameters(),
-            options.learning_rate,
-            n=options.non_monotone,
-            weight_decay=options.weight_decay,
-        )
+        return fused_lstm.NTASGD(self.model.parameters(), options.learning_rate, n=options.non_monotone)
 
     def _objective(self, loss: Tensor, raw: list[Tensor], dropped: list[Tensor]) -> Tensor:
         return loss + self.model.regularization(raw, dropped, self._options.alpha, self._options.beta)

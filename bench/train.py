@@ -16,7 +16,7 @@ from fused_lstm.bench.corpus import DEFAULT_TEXT, Corpus
 from fused_lstm.bench.devices import find_device
 from fused_lstm.bench.errors import Interrupted, UserError
 from fused_lstm.bench.learners import OURS
-from fused_lstm.bench.options import AWD_ONLY, DEFAULTS, DTYPES, LEVELS, default_options
+from fused_lstm.bench.options import AWD_ONLY, DEFAULTS, DTYPES, LEVELS, PAPER, default_options
 from fused_lstm.bench.plot import as_png
 from fused_lstm.bench.preparation import check_outputs, choose_backend, make_corpus, take_up
 from fused_lstm.bench.record import as_json, collect
@@ -35,7 +35,8 @@ def _field(name: str, help: str) -> typer.models.OptionInfo:
     usual, awd = (getattr(DEFAULTS[model], name) for model in ("lstm", "awd"))
     if name in AWD_ONLY:
         return _option(help, awd, "Options of --model awd")
-    return _option(help, usual if usual == awd else f"{usual}; awd: {awd}")
+    paper = f" (its paper: {PAPER[name]})" if PAPER.get(name, awd) != awd else ""
+    return _option(help, f"{usual}; awd: {awd}{paper}" if usual != awd or paper else usual)
 
 
 def train(
@@ -50,10 +51,8 @@ def train(
     min_count: Annotated[
         int | None, _field("min_count", "Words that the training part has less often are <unk>.")
     ] = None,
-    embedding_size: Annotated[
-        int | None, _field("embedding_size", "Embedding features; the AWD-LSTM's paper has 400.")
-    ] = None,
-    hidden_size: Annotated[int | None, _field("hidden_size", "LSTM units a layer; the paper has 1150.")] = None,
+    embedding_size: Annotated[int | None, _field("embedding_size", "Embedding features.")] = None,
+    hidden_size: Annotated[int | None, _field("hidden_size", "LSTM units a layer.")] = None,
     num_layers: Annotated[int | None, _field("num_layers", "LSTM layers.")] = None,
     dropout: Annotated[
         float | None, _field("dropout", "Dropout rate before, between and after the layers; awd: after the last.")
@@ -84,7 +83,10 @@ def train(
     validate_every: Annotated[int | None, _field("validate_every", "Steps from one validation to the next.")] = None,
     threads: Annotated[int | None, _field("threads", "CPU threads; more help large models on an idle machine.")] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Train torch.nn.LSTM beside, from the same weights on the same batches.")
+        bool,
+        typer.Option(
+            "--compare", help="Train torch.nn.LSTM beside, from the same weights on the same batches; lstm only."
+        ),
     ] = False,
     sample_length: Annotated[int, typer.Option(help="Characters, or words, to write at the end.")] = 300,
     checkpoint: Annotated[
@@ -115,8 +117,8 @@ def train(
     A new run needs no option at all. It ends with the loss on a part of the text that it never saw, beside the
     unigram entropy, which a model reaches that knows nothing but how often each character is.
 
-    --model awd trains the AWD-LSTM (Merity et al. 2017) by words. Its rates are the paper's; its sizes are not, so that
-    it ends soon on a CPU.
+    --model awd trains the AWD-LSTM (Merity et al. 2017) by words. Its defaults are the paper's, save where another is
+    named beside them: they make a small model, which learns something of a small text in minutes on a CPU.
     """
     given = {
         "model": model,

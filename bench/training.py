@@ -1,5 +1,6 @@
 """A training run: updates, validations and its state; free of printing."""
 
+import contextlib
 import math
 import statistics
 from typing import Any
@@ -76,13 +77,12 @@ class Training:
         """
         with shielded():
             with self._walk.chunk() as chunk:
-                *others, ours = zip(self.learners.values(), self._states(), strict=True)
                 states = []
-                for learner, state in others:
-                    with torch.random.fork_rng(devices=self._cuda_devices):
+                for learner, state in zip(self.learners.values(), self._states(), strict=True):
+                    last = learner is self.learners[OURS]
+                    with contextlib.nullcontext() if last else torch.random.fork_rng(devices=self._cuda_devices):
                         states.append(learner.step(*chunk.data, state))
-                learner, state = ours
-                chunk.state = [*states, learner.step(*chunk.data, state)]
+                chunk.state = states
             self.step += 1
         self._require_finite({name: learner.losses[-1] for name, learner in self.learners.items()})
 

@@ -11,8 +11,12 @@ from rich.console import Console
 
 import fused_lstm
 from fused_lstm.bench import report
+from fused_lstm.bench.char_model import sample
+from fused_lstm.bench.checkpoint import Checkpoint
 from fused_lstm.bench.cli import main
 from fused_lstm.bench.options import DEFAULTS, TrainingOptions
+from fused_lstm.bench.preparation import make_corpus
+from fused_lstm.bench.training import Training
 
 OURS = "fused_lstm"
 GENTLE = {"dropout": 0.1, "input_dropout": 0.0, "hidden_dropout": 0.1, "embedding_dropout": 0.02, "weight_dropout": 0.2}
@@ -164,6 +168,20 @@ def test_switch_is_shown(tmp_path: Path, text: Path, capsys: pytest.CaptureFixtu
     assert struct.unpack(">II", plot.read_bytes()[16:24]) == (1200, 675)
 
 
+def test_sample_is_of_the_averages(tmp_path: Path, text: Path) -> None:
+    path = tmp_path / "run.pt"
+    log = train(tmp_path, text, steps=50, checkpoint=path, min_count=1, **SWITCH)
+    assert log["learners"][OURS]["averaging_from"] < 45
+    begun = Checkpoint.load(path)
+    corpus = make_corpus(begun.options)
+    training = Training(begun.options, corpus, torch.device("cpu"))
+    training.load_state_dict(begun.training)
+    prompt, seed = corpus.validation[: begun.options.sequence_length], begun.options.seed
+    assert corpus.decode(sample(training.model, prompt, 20, seed=seed)) != log["sample"]
+    with training.learners[OURS].result():
+        assert corpus.decode(sample(training.model, prompt, 20, seed=seed)) == log["sample"]
+
+
 def test_options_reach_the_run(tmp_path: Path, text: Path) -> None:
     """Each of them changes the numbers, or the file that is kept."""
     base = train(tmp_path, text, min_count=1)
@@ -278,6 +296,9 @@ def test_help_names_both_models(capsys: pytest.CaptureFixture[str], monkeypatch:
     shown = " ".join(capsys.readouterr().out.split())
     awd = DEFAULTS["awd"]
     assert "Options of --model awd" in shown
-    assert f"Default: 0.008; awd: {awd.learning_rate}." in shown
+    assert f"Default: 0.008; awd: {awd.learning_rate} (its paper: 30.0)." in shown
+    assert f"Default: 128; awd: {awd.hidden_size} (its paper: 1150)." in shown
+    assert f"Default: 2; awd: {awd.num_layers} (its paper: 3)." in shown
+    assert f"Default: 1.0; awd: {awd.clip}." in shown
     assert f"Default: char; awd: {awd.level}." in shown
     assert f"Dropout rate on the hidden-to-hidden weights. Default: {awd.weight_dropout}" in shown
