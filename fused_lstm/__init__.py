@@ -1,6 +1,7 @@
 """A drop-in torch.nn.LSTM on fused Triton kernels."""
 
 from fused_lstm._backends import BACKENDS, BackendChoice, select_backend
+from fused_lstm.awd import AWDLSTM
 from fused_lstm.cells import LSTMCell
 from fused_lstm.conversion import convert
 from fused_lstm.functional import lstm_cell, lstm_layer
@@ -13,6 +14,7 @@ from fused_lstm.regularization import EmbeddingDropout, LockedDropout
 from fused_lstm.truncation import TruncatedBPTT, detach_state
 
 __all__ = [
+    "AWDLSTM",
     "BACKENDS",
     "KNOWN_DEVICES",
     "LSTM",

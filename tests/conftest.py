@@ -7,6 +7,10 @@ import torch
 
 HAS_CUDA = torch.cuda.is_available()
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is a worker for each core already; its processes keep to it too
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
 
 def _interpret_kernels() -> None:
     """Let Triton's kernels run in Python, in this process alone: a test's subprocess sets its own environment.

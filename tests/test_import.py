@@ -97,7 +97,7 @@ ORDER = [
     {"_run"},
     {"functional"},
     {"cells", "modules"},
-    {"conversion"},
+    {"awd", "conversion"},
     {"__init__"},
 ]
 # Kernels are imported where they run, not before, and only here.
