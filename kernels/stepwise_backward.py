@@ -341,13 +341,13 @@ def _walk_back(walk: Any, gradients: Any) -> None:
 
     steps = steps_of(walk)
     d_products, d_projected = gradients.d_product.unbind(0), gradients.d_projected
+    d_projected_steps = slices(d_projected, len(steps))
     multiply, into = _multiply, [d_h] * len(steps)
     if weight_hr is not None and arrive is None:  # the products add to the output's gradients where these are wanted
         d_projected.zero_() if gradients.d_output is None else d_projected.copy_(gradients.d_output)
         d_projected[steps[-1][0]] += gradients.d_h
         d_h.zero_()
-        multiply, into = accumulate_for(d_h), [d_h, *(d_projected[t] for t, *_ in steps[:-1])]
-    d_projected_steps = slices(d_projected, len(steps))
+        multiply, into = accumulate_for(d_h), [d_h, *(d_projected_steps[t] for t, *_ in steps[:-1])]
     for (t, then, c_from, c_to), d_h_before in zip(reversed(steps), reversed(into), strict=True):
         if arrive is not None:
             arrive(then, t)

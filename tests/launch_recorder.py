@@ -1,12 +1,15 @@
 """A Triton driver without a GPU: kernels are compiled for sm_90 for real, and every launch is recorded, not run.
 
-Run as a script it prints, as JSON, what the stepwise backend launches for one small layer, and the persistent one for
-several lengths and batches on an H100. Each launch is the kernel's name, its grid, its stream, whether it is
-cooperative, and its arguments by name, a tensor as [shape, dtype, address].
+Run as a script it prints, as JSON, what the stepwise backend launches for one small layer, and how many kernels it
+compiles for several lengths, batches and rates; and what the persistent one launches for several lengths and batches on
+an H100. Each launch is the kernel's name, its grid, its stream, whether it is cooperative, and its arguments by name: a
+tensor as [shape, dtype, address], or as its address where that is how it was given.
 """
 
 import json
 import os
+import sys
+from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -14,7 +17,16 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves it out
+
+import walks
+
 STREAM = 1234
+# with resets, whose masks lie unaligned; and where a projection's own kernels are needed
+STEPWISE_VARIANTS = [
+    walks.Variant("gates", True, "rates", True, True, False, True),
+    walks.Variant(None, False, "masks", False, True, True),
+]
 # (steps, rows, does a direction walk backwards?): ragged tiles all
 PERSISTENT_WALKS = [
     (1, 1, (False,)),
@@ -73,18 +85,34 @@ class _Stream:
 
 def record_stepwise() -> dict:
     from fused_lstm.kernels import stepwise
+    from fused_lstm.kernels.stepwise_backward import cell_backward_kernel, projected_backward_kernel
+    from fused_lstm.kernels.stepwise_forward import cell_forward_kernel, projected_forward_kernel
 
-    steps, batch_size, hidden_size = 3, 2, 160
-    half = {"dtype": torch.bfloat16}
-    gates = torch.zeros(steps, batch_size, 4 * hidden_size, **half)
-    state = torch.zeros(batch_size, hidden_size, **half)
-    weight_hh = torch.zeros(4 * hidden_size, hidden_size, **half)
-    output, c = stepwise.recurrence_forward(gates, state, state, weight_hh, None, reverse=True, save=True)
-    lengths = torch.tensor([1, 3])
-    d_gates, *_ = stepwise.recurrence_backward(output, None, state, gates, c, weight_hh, None, lengths, reverse=False)
-    addresses = {"gates": gates.data_ptr(), "c": c.data_ptr(), "output": output.data_ptr()}
-    addresses |= {"d_gates": d_gates.data_ptr(), "lengths": lengths.data_ptr()}
-    return {"launches": Recorder.launches.copy(), "addresses": addresses}
+    inputs = walks.make_inputs(3, 2, 160, walks.Variant(d_c_all=True), reverse=(True,), dtype=torch.bfloat16)
+    walk = walks.walk_of(inputs)
+    stepwise.recurrence_forward(walk)
+    gradients = walks.gradients_of(walk, inputs)
+    stepwise.recurrence_backward(walk._replace(reverse=(False,)), gradients)
+    launches = Recorder.launches.copy()
+    addresses = {name: getattr(walk, name).data_ptr() for name in ("gates", "c", "output")}
+    addresses |= {name: getattr(gradients, name).data_ptr() for name in ("d_output", "d_c_all", "d_gates", "d_c")}
+
+    kernels = (cell_forward_kernel, projected_forward_kernel, cell_backward_kernel, projected_backward_kernel)
+    compilations = []
+    for variant in STEPWISE_VARIANTS:
+        before = [_compilations(kernel) for kernel in kernels]
+        for steps, batch_size, rate in ((1, 1, 0.0), (2, 3, 1.0), (16, 16, 0.5), (17, 1, 0.25)):
+            options = {"dtype": torch.bfloat16, "output_size": 48}
+            inputs = walks.make_inputs(steps, batch_size, 64, variant, **options, reverse=(False, True))
+            rates = {name: rate for name in ("zoneout_h", "zoneout_c") if variant.zoneout == "rates"}
+            inputs = inputs._replace(conditions=tuple(c._replace(**rates) for c in inputs.conditions))
+            walks.run(stepwise, inputs)
+        compilations.append([_compilations(kernel) - count for kernel, count in zip(kernels, before, strict=True)])
+    return {"launches": launches, "addresses": addresses, "compilations": compilations}
+
+
+def _compilations(kernel) -> int:
+    return sum(len(cache[0]) for cache in kernel.device_caches.values())
 
 
 def record_persistent() -> dict:
@@ -111,7 +139,7 @@ def record_persistent() -> dict:
         walk = new_walk(gates, output, state, state, *of_each, None, reverse, True)
         persistent.recurrence_forward(walk)
         persistent.recurrence_backward(walk, new_gradients(walk, output, None, None, state, False))
-    compilations = [sum(len(c[0]) for c in k.device_caches.values()) for k in (forward_kernel, backward_kernel)]
+    compilations = [_compilations(kernel) for kernel in (forward_kernel, backward_kernel)]
     return {"launches": Recorder.launches.copy(), "compilations": compilations}
 
 

@@ -22,20 +22,25 @@ def test_forward_walks_the_steps_with_one_launch_each(recorded):
     launches = [launch for launch in recorded["stepwise"]["launches"] if launch["kernel"] == "cell_forward_kernel"]
     addresses = recorded["stepwise"]["addresses"]
     assert len(launches) == STEPS
-    for step, launch in zip((2, 1, 0), launches, strict=True):  # reverse
+    for step, after, launch in zip((2, 1, 0), (1, 0, 0), launches, strict=True):  # reverse
         assert launch["grid"] == [BATCH_SIZE, 2, 1]  # 160 units are two blocks
         assert launch["stream"] == 1234  # the one that was current
-        assert launch["arguments"] == {
-            "gates_ptr": [[STEPS, BATCH_SIZE, 4 * HIDDEN_SIZE], "torch.bfloat16", addresses["gates"]],
-            "c_ptr": [[STEPS + 1, BATCH_SIZE, HIDDEN_SIZE], "torch.float32", addresses["c"]],
-            "h_ptr": [[STEPS, BATCH_SIZE, HIDDEN_SIZE], "torch.bfloat16", addresses["output"]],
+        arguments = {name: argument for name, argument in launch["arguments"].items() if argument is not None}
+        assert arguments == {
+            "gates_ptr": addresses["gates"],
+            "c_ptr": addresses["c"],
+            "h_ptr": addresses["output"],
             "step": step,
             "c_from": step + 1,
             "c_to": step,
             "h_to": step,
             "batch_size": BATCH_SIZE,
             "hidden_size": HIDDEN_SIZE,
+            "step_after": after,
+            "h_step_stride": BATCH_SIZE * HIDDEN_SIZE,
+            "h_row_stride": HIDDEN_SIZE,
             "SAVE": True,
+            "H_APART": 0,
             "BLOCK": BLOCK,
         }
 
@@ -44,17 +49,29 @@ def test_backward_walks_back_with_one_launch_each(recorded):
     launches = [launch for launch in recorded["stepwise"]["launches"] if launch["kernel"] == "cell_backward_kernel"]
     addresses = recorded["stepwise"]["addresses"]
     assert len(launches) == STEPS
-    for step, launch in zip((2, 1, 0), launches, strict=True):
+    for step, after, launch in zip((2, 1, 0), (2, 2, 1), launches, strict=True):
         arguments = launch["arguments"]
         assert launch["grid"] == [BATCH_SIZE, 2, 1]
         assert launch["stream"] == 1234
-        assert [arguments[name] for name in ("step", "c_from", "c_to")] == [step, step, step + 1]
-        assert arguments["d_output_ptr"][2] == addresses["output"]  # no h_n's gradient: no copy is made
-        assert arguments["d_gates_ptr"][2] == addresses["d_gates"]
-        assert arguments["lengths_ptr"] == [[BATCH_SIZE], "torch.int64", addresses["lengths"]]
-        assert arguments["d_c_n_ptr"][:2] == [[BATCH_SIZE, HIDDEN_SIZE], "torch.float32"]
-        flags = [arguments[name] for name in ("HAS_D_OUTPUT", "HAS_LENGTHS", "HAS_PROJECTION", "BLOCK")]
-        assert flags == [True, True, False, BLOCK]
+        names = ("step", "c_from", "c_to", "step_after")
+        assert [arguments[name] for name in names] == [step, step, step + 1, after]
+        for name in ("gates", "c", "d_output", "d_c_all", "d_gates", "d_c"):
+            assert arguments[f"{name}_ptr"] == addresses[name]  # nothing is copied
+        absent = {name for name, argument in arguments.items() if name.endswith("_ptr") and argument is None}
+        assert absent == {
+            *("hidden_ptr", "product_ptr", "d_product_ptr", "d_h_old_ptr", "reset_ptr", "reset_c_ptr"),
+            *("d_reset_h_ptr", "d_reset_c_ptr", "recurrent_mask_ptr", "zoneout_h_ptr", "zoneout_c_ptr"),
+            *("parameters_ptr", "d_parameters_ptr"),
+        }
+        flags = [arguments[name] for name in ("LAYER_NORM", "PEEPHOLE", "SLOTS", "D_OUTPUT_APART", "BLOCK")]
+        assert flags == [None, None, 0, 0, BLOCK]
+
+
+def test_length_batch_and_rate_compile_nothing_new_of_the_stepwise_backend(recorded):
+    """Forward, after its projection, backward, before its projection: one kernel each, for both directions."""
+    without_projection, with_projection = recorded["stepwise"]["compilations"]
+    assert without_projection == [1, 0, 1, 0]
+    assert with_projection == [1, 1, 1, 1]
 
 
 def test_nothing_of_the_stepwise_backend_is_cooperative(recorded):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fused_lstm import _ops, lstm_layer
 from fused_lstm._options import parameter_sizes
 from fused_lstm._ragged import Ragged
-from fused_lstm.kernels import stepwise
+from fused_lstm.kernels import stepwise, stepwise_backward, stepwise_forward
 from fused_lstm.reference import LAYER_NORMS, Parameters
 
 STEPS, ROWS, INPUT, HIDDEN, PROJECTED = 3, 2, 4, 5, 3
@@ -274,8 +274,9 @@ def launches(monkeypatch):
 
         return launch
 
-    monkeypatch.setattr(stepwise, "_step_launcher", launcher)
-    monkeypatch.setattr(stepwise, "_accumulate_on_cpu", torch.Tensor.addmm_)  # what a GPU is asked for
+    for module in (stepwise_forward, stepwise_backward):
+        monkeypatch.setattr(module, "step_launcher", launcher)
+        monkeypatch.setattr(module, "accumulate_for", lambda _: torch.Tensor.addmm_)  # what a GPU is asked for
     return counted
 
 

@@ -8,7 +8,7 @@ import torch
 import walks
 from concurrent_interpreter import Deadlock
 from tolerance import assert_as_accurate
-from walks import PLAIN, Variant
+from walks import Variant
 
 from fused_lstm import reference_recurrence
 from fused_lstm.kernels import persistent_backward, persistent_launch
