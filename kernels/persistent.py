@@ -1,12 +1,12 @@
 """The persistent backend: one launch a layer walks all time steps of all its directions, W_hh stays on chip.
 
-Forward it knows every option of the cell. Backward it knows the plain cell; where a walk has options, its backward is
-the stepwise one, a product and a kernel a step: both fill the same buffers from the same buffers.
+The way back through layer norms takes twice the registers of all others, so that some grids serve the way forward
+only. There it is the stepwise one, a product and a kernel a step: it fills the same buffers from the same buffers.
 """
 
 from typing import Any
 
-from fused_lstm.kernels import persistent_backward, stepwise
+from fused_lstm.kernels import persistent_backward, persistent_launch, stepwise
 from fused_lstm.kernels.persistent_forward import recurrence_forward
 
 __all__ = ["recurrence_backward", "recurrence_forward"]
@@ -14,10 +14,9 @@ __all__ = ["recurrence_backward", "recurrence_forward"]
 
 def recurrence_backward(walk: Any, gradients: Any) -> None:
     """Fills a `fused_lstm.recurrence.Gradients`, from a Walk that has been filled with save."""
-    has_options = (
-        walk.layer_norm is not None
-        or walk.parameters[0].weight_ph is not None
-        or any(option is not None for option in walk.conditions[0])
-    )
-    kernels = stepwise if has_options else persistent_backward
+    gates, kernels = walk.gates, persistent_backward
+    if walk.layer_norm is not None:
+        hidden_size = gates.size(3) // 4
+        if persistent_launch.obstacle(gates.device, gates.dtype, hidden_size, gates.size(2), through_norms=True):
+            kernels = stepwise
     kernels.recurrence_backward(walk, gradients)

@@ -42,30 +42,41 @@ class DoesNotFit(ValueError):
 
 @functools.lru_cache(maxsize=1024)  # asked at every call of a layer, several times
 def persistent_config(
-    device: Device, element_size: int, hidden_size: int, batch_size: int, directions: int = 1
+    device: Device,
+    element_size: int,
+    hidden_size: int,
+    batch_size: int,
+    directions: int = 1,
+    through_norms: bool = False,
 ) -> PersistentConfig:
     """The grid for a layer of hidden_size units (H) and batch_size rows (N) in a dtype of element_size bytes.
 
     All directions walk in one grid where they fit, in taller batch tiles if need be: a step waits longer than it
     computes. Else they walk one after the other, in the grid of one.
 
+    Args:
+        through_norms: the grid of the way back through layer norms, which holds twice a plain step's values at once
+
     Raises:
         DoesNotFit: no grid does, for one direction; its text gives the numbers
     """
     if directions > 1:
         try:
-            return _config(device, element_size, hidden_size, batch_size, directions)
+            return _config(device, element_size, hidden_size, batch_size, directions, through_norms)
         except DoesNotFit:
             pass
-    return _config(device, element_size, hidden_size, batch_size, 1)
+    return _config(device, element_size, hidden_size, batch_size, 1, through_norms)
 
 
-def _config(device: Device, element_size: int, hidden_size: int, batch_size: int, directions: int) -> PersistentConfig:
+def _config(
+    device: Device, element_size: int, hidden_size: int, batch_size: int, directions: int, through_norms: bool
+) -> PersistentConfig:
     # 64 rows of W a program: the least that wgmma and tcgen05 multiply; forward they are 16 units by 4 gates, backward
     # 64 outputs. More would halve the programs, and with them the shared memory that W can lie in.
     units, slices, tiles = 16, 4, -(-hidden_size // 64)
-    if hidden_size <= 64:
+    if hidden_size <= 64 and not through_norms:
         # One program holds all of W and waits for nobody: a barrier costs more than the products it would spread.
+        # (Through norms 64 units are more than its registers hold.)
         units, slices, tiles = 64, 1, 1
     programs = tiles * slices
     forward_total, backward_total = units * programs, 4 * units * tiles
@@ -78,6 +89,8 @@ def _config(device: Device, element_size: int, hidden_size: int, batch_size: int
     # 16 are the least that a product takes without waste; of more than these the registers do not hold a step.
     described = device.capability in _DESCRIBED_BYTES
     choices = (16, 32, 64) if described else (16, 32)
+    if through_norms:
+        choices = (16, 32) if device.capability == 90 else (16,)
     rows = next((rows for rows in choices if -(-batch_size // rows) <= most), None)
     if rows is None:
         raise DoesNotFit(
@@ -86,7 +99,7 @@ def _config(device: Device, element_size: int, hidden_size: int, batch_size: int
         )
     room = (device.shared_memory - weights) // (rows * element_size)  # for how much of a contraction's h at a time
     # mma.sync reads the backward's W through addresses instead, of which the registers hold those of 1024 bytes.
-    largest = 1024 if described else 1024 // element_size
+    largest = 1024 if described else (512 if through_norms else 1024) // element_size
     at_once = backward_total <= room
     while not at_once and largest > room:
         largest //= 2
@@ -94,6 +107,13 @@ def _config(device: Device, element_size: int, hidden_size: int, batch_size: int
         raise DoesNotFit(
             f"beside {weights // 1024} KB of W_hh, h of {rows} rows does not fit into a block of {device.name}"
         )
+    # The descriptors of all products fill the registers before the last ones are hoisted, and then they spill. Made
+    # anew in each step they cost wgmma some 20 to 50 instructions, and tcgen05 less than fetching them.
+    held = _DESCRIBED_BYTES.get(device.capability, 8192)
+    if rows == 64:
+        held //= 2
+    if through_norms and (rows == 32 or device.capability == 100):
+        held = 0
     forward_k, backward_k = _chunks(forward_total, largest), _chunks(backward_total, largest)
     return PersistentConfig(
         units=units,
@@ -105,9 +125,7 @@ def _config(device: Device, element_size: int, hidden_size: int, batch_size: int
         forward_k=forward_k,
         backward_k=backward_k,
         at_once=at_once,
-        # The descriptors of all products fill the registers before the last ones are hoisted, and then they spill.
-        # Made anew in each step they cost wgmma some 20 to 50 instructions, and tcgen05 less than fetching them.
-        hoist=backward_total * element_size * (2 if rows == 64 else 1) <= _DESCRIBED_BYTES.get(device.capability, 8192),
+        hoist=backward_total * element_size <= held,
         # Eight: h in flight takes half the registers of four, and each warp issues fewer instructions.
         num_warps=8,
         shared_memory=weights + rows * element_size * (backward_total if at_once else backward_k[0]),

@@ -21,154 +21,13 @@ from torch import Tensor
 
 from fused_lstm.kernels import persistent_launch
 from fused_lstm.kernels.activations import sigmoid, tanh
-from fused_lstm.kernels.interpretation import INTERPRETED
 from fused_lstm.kernels.norms import EPS
 from fused_lstm.kernels.persistent_configs import PersistentConfig, starts
+from fused_lstm.kernels.persistent_moments import join_moments, moments, moments_together, store_moments
+from fused_lstm.kernels.persistent_options import options_of
+from fused_lstm.kernels.persistent_tiles import laid_out_as, load_four, load_gates, product, split_gates, store_gates
 from fused_lstm.kernels.row_statistics import row_statistics
 from fused_lstm.kernels.synchronization import arrive, wait
-
-_INTERPRETED = tl.constexpr(INTERPRETED)
-
-
-@triton.jit
-def load_gates(ptrs, H: tl.constexpr, mask, other):
-    """Four [UNITS, ROWS] tiles of a (N, 4H) step."""
-    i = tl.load(ptrs, mask=mask, other=other)
-    f = tl.load(ptrs + H, mask=mask, other=other)
-    g = tl.load(ptrs + 2 * H, mask=mask, other=other)
-    o = tl.load(ptrs + 3 * H, mask=mask, other=other)
-    return i, f, g, o
-
-
-@triton.jit
-def store_gates(ptrs, H: tl.constexpr, i, f, g, o, mask):
-    dtype = ptrs.dtype.element_ty
-    tl.store(ptrs, i.to(dtype), mask=mask)
-    tl.store(ptrs + H, f.to(dtype), mask=mask)
-    tl.store(ptrs + 2 * H, g.to(dtype), mask=mask)
-    tl.store(ptrs + 3 * H, o.to(dtype), mask=mask)
-
-
-@triton.jit
-def split_gates(gates, UNITS: tl.constexpr, ROWS: tl.constexpr):
-    """[4 * UNITS, ROWS], rows 4 * u + k -> i, f, g, o, each [UNITS, ROWS]."""
-    gates = tl.permute(tl.reshape(gates, (UNITS, 2, 2, ROWS)), (0, 3, 2, 1))
-    i_f, g_o = tl.split(gates)
-    i, f = tl.split(i_f)
-    g, o = tl.split(g_o)
-    return i, f, g, o
-
-
-@triton.jit
-def load_chunk(ptrs, START: tl.constexpr, SIZE: tl.constexpr):
-    """[SIZE, ROWS] of the exchange, from L2 (.cg), as other programs wrote it a moment ago."""
-    return tl.load(ptrs + (START + tl.arange(0, SIZE))[:, None], cache_modifier=".cg")
-
-
-@triton.jit
-def multiply(a, b, PRECISION: tl.constexpr):
-    if _INTERPRETED and a.dtype == tl.bfloat16:  # which the interpreter would multiply as the integers it holds
-        return tl.dot(a.to(tl.float32), b.to(tl.float32))
-    return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
-def product(w, ptrs, K_SIZES: tl.constexpr, K_STARTS: tl.constexpr, AT_ONCE: tl.constexpr, PRECISION: tl.constexpr):
-    """The chunks [M, k] of w times the chunks [k, ROWS] behind ptrs ([1, ROWS] pointers), summed: [M, ROWS] in float32.
-
-    AT_ONCE: all loads come before the first product, so that their latencies overlap; else chunk after chunk, which
-    needs shared memory for one. Each product has an accumulator of its own: of a chain of products Triton lays all
-    warps along M, where 64 rows are work for four.
-    """
-    x = ()
-    for k in tl.static_range(len(K_SIZES)):
-        if AT_ONCE or k == 0:
-            x = x + (load_chunk(ptrs, K_STARTS[k], K_SIZES[k]),)  # noqa: RUF005
-    acc = multiply(w[0], x[0], PRECISION)
-    for k in tl.static_range(1, len(K_SIZES)):
-        if AT_ONCE:
-            part = multiply(w[k], x[k], PRECISION)
-        else:
-            part = multiply(w[k], load_chunk(ptrs, K_STARTS[k], K_SIZES[k]), PRECISION)
-        acc = tl.fma(acc, 1.0, part)  # not +, which would be folded into the product's accumulator
-    return acc
-
-
-@triton.jit
-def laid_out_as(x, loaded):
-    """x, in the layout of a tile that was loaded, without reading it.
-
-    Nothing else tells the compiler that what becomes of x meets such tiles in the end, and it would convert each result
-    on its own, through shared memory.
-    """
-    if _INTERPRETED:
-        return x
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [x, loaded], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def load_vectors(ptrs, H: tl.constexpr, inside):
-    """A parameter of the gates, (4H): four [UNITS, 1] in float32."""
-    i, f, g, o = load_gates(ptrs, H, inside, 0.0)
-    return i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32)
-
-
-@triton.jit
-def sum_units(x, own):
-    """[1, ROWS]: over the units of a program, or over those of them that own says are there."""
-    return tl.sum(x if own is None else tl.where(own, x, 0.0), 0, keep_dims=True)
-
-
-@triton.jit
-def moments(x, own, share):
-    """Over the units of a program, [1, ROWS]: the mean and the sum of squared deviations. share: 1 / their number.
-
-    In two passes over registers: from a mean of squares the variance of a row with a large mean would come out wild.
-    """
-    mean = sum_units(x, own) * share
-    x -= mean
-    return mean, sum_units(x * x, own)
-
-
-@triton.jit
-def moments_together(i, f, g, o, own, share):
-    """Likewise over all four gates of the units."""
-    mean = sum_units((i + f) + (g + o), own) * (share / 4)
-    i, f, g, o = i - mean, f - mean, g - mean, o - mean
-    return mean, sum_units((i * i + f * f) + (g * g + o * o), own)
-
-
-@triton.jit
-def store_moments(ptrs, mine, mean, squares, SIZE: tl.constexpr):
-    """Into the place that mine [UNITS, 1] says, of the UNITS behind ptrs [UNITS, ROWS].
-
-    So, as a tile of the very shape that c has, they are stored and loaded from the threads that computed them.
-    """
-    tl.store(ptrs, tl.broadcast_to(mean, ptrs.shape), mask=mine)
-    tl.store(ptrs + SIZE, tl.broadcast_to(squares, ptrs.shape), mask=mine)
-
-
-@triton.jit
-def join_moments(ptrs, shares, UNITS: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
-    """All programs' moments, UNITS by UNITS: mean and reciprocal deviation [1, ROWS] of the COUNT numbers they are of.
-
-    shares: of each program in these numbers.
-    """
-    means = ()
-    squares = ()
-    for k in tl.static_range(len(shares)):
-        means = means + (tl.load(ptrs + k * UNITS, cache_modifier=".cg"),)  # noqa: RUF005
-        squares = squares + (tl.load(ptrs + SIZE + k * UNITS, cache_modifier=".cg"),)  # noqa: RUF005
-    total = means[0] * shares[0]
-    for k in tl.static_range(1, len(shares)):
-        total += means[k] * shares[k]
-    mean = tl.sum(total, 0, keep_dims=True)
-    deviation = means[0] - mean
-    total = deviation * deviation * shares[0] + squares[0] * (1.0 / COUNT)
-    for k in tl.static_range(1, len(shares)):
-        deviation = means[k] - mean
-        total += deviation * deviation * shares[k] + squares[k] * (1.0 / COUNT)
-    return mean, tl.rsqrt(tl.sum(total, 0, keep_dims=True) + EPS)
 
 
 @triton.jit(do_not_specialize=["steps", "batch_size", "backwards"])  # one compilation serves every value of these
@@ -308,11 +167,11 @@ def forward_kernel(
             own = inside
             share = 1.0 / tl.minimum(tl.maximum(H - tile * UNITS, 1), UNITS)
         vector = direction * 4 * H + unit[:, None]
-        weight_i, weight_f, weight_g, weight_o = load_vectors(norm_weight_ptr + vector, H, inside)
+        weight_i, weight_f, weight_g, weight_o = load_four(norm_weight_ptr + vector, H, inside, 0.0)
         if norm_bias_ptr is not None:
-            bias_i, bias_f, bias_g, bias_o = load_vectors(norm_bias_ptr + vector, H, inside)
+            bias_i, bias_f, bias_g, bias_o = load_four(norm_bias_ptr + vector, H, inside, 0.0)
         if PROJECTIONS:
-            hh_weight_i, hh_weight_f, hh_weight_g, hh_weight_o = load_vectors(norm_hh_weight_ptr + vector, H, inside)
+            hh_weight_i, hh_weight_f, hh_weight_g, hh_weight_o = load_four(norm_hh_weight_ptr + vector, H, inside, 0.0)
             input_offset = start + row[None, :]
             input_mean = tl.load(input_mean_ptr + input_offset, mask=row_inside, other=0.0)
             input_scale = tl.load(input_scale_ptr + input_offset, mask=row_inside, other=0.0)
@@ -516,22 +375,19 @@ def recurrence_forward(walk: Any) -> None:
 
 def _walk(walk: Any, config: PersistentConfig) -> None:
     """One launch: all directions at once."""
-    gates, parameters, conditions = walk.gates, walk.parameters, walk.conditions
+    gates, conditions = walk.gates, walk.conditions[0]
     directions, steps, batch_size, hidden_size = *gates.shape[:3], gates.size(3) // 4
+    options = options_of(walk)
     entered = walk.h0
-    reset, reset_h, reset_c = conditions[0].reset, conditions[0].reset_h, conditions[0].reset_c
-    if reset is not None:
-        at_first = torch.stack([reset[-1 if reverse else 0] for reverse in walk.reverse])
-        entered = torch.where(at_first[:, :, None], reset_h, entered)
-    recurrent_mask = _stacked([c.recurrent_mask for c in conditions])
-    if recurrent_mask is not None:
-        entered = entered * recurrent_mask
+    if conditions.reset is not None:
+        at_first = torch.stack([conditions.reset[-1 if reverse else 0] for reverse in walk.reverse])
+        entered = torch.where(at_first[:, :, None], conditions.reset_h, entered)
+    if conditions.recurrent_mask is not None:
+        entered = entered * options.tensors["recurrent_mask_ptr"]
     exchange = gates.new_zeros(directions, 2, config.batch_tiles * config.rows, sum(config.forward_k))
     exchange[:, 0, :batch_size, :hidden_size].copy_(entered)
-    zoneouts = [_zoneout([getattr(c, name) for c in conditions]) for name in ("zoneout_h", "zoneout_c")]
-    (zoneout_h, zoneout_h_mask, zoneout_h_rate), (zoneout_c, zoneout_c_mask, zoneout_c_rate) = zoneouts
-    weights = [p.weight_hh.contiguous() for p in parameters]
-    tensors = {
+    weights = [p.weight_hh.contiguous() for p in walk.parameters]
+    tensors = options.tensors | {
         "gates_ptr": gates,
         "weight_ptr": weights[0],
         "second_weight_ptr": weights[1] if directions > 1 else None,
@@ -539,76 +395,34 @@ def _walk(walk: Any, config: PersistentConfig) -> None:
         "output_ptr": walk.output,
         "c_ptr": walk.c,
         "counter_ptr": gates.new_zeros(config.batch_tiles, directions, dtype=torch.int32),
-        "h0_ptr": walk.h0 if zoneout_h is not None else None,
-        "weight_ph_ptr": _stacked([p.weight_ph for p in parameters]),
-        "recurrent_mask_ptr": recurrent_mask,
-        "zoneout_h_ptr": zoneout_h_mask,
-        "zoneout_c_ptr": zoneout_c_mask,
-        "reset_ptr": None if reset is None else reset.contiguous().view(torch.uint8),
-        "reset_h_ptr": None if reset is None else reset_h.contiguous(),
-        "reset_c_ptr": None if reset is None else reset_c.contiguous(),
+        "h0_ptr": None if conditions.zoneout_h is None else walk.h0,
         "entered_ptr": walk.entered if walk.save else None,
-        **_norm_tensors(walk, config),
+        "product_ptr": walk.product if walk.save else None,
+        **_statistics(walk, config),
     }
     backwards = sum(reverse << d for d, reverse in enumerate(walk.reverse))
     masked = persistent_launch.is_masked(config, hidden_size, batch_size)
-    constants = forward_tiling(config, hidden_size, masked) | {
+    constants = forward_tiling(config, hidden_size, masked) | options.constants
+    constants |= {
         "OUTPUT_PITCH": walk.output.stride(1),
         "SAVE": walk.save,
-        "ZONEOUT_H": zoneout_h,
-        "ZONEOUT_C": zoneout_c,
-        "LAYER_NORM": walk.layer_norm,
         "PRECISION": "tf32",
         "APPROX": gates.dtype == torch.bfloat16,
     }
     in_order = [tensors[name] for name in forward_kernel.arg_names if name.endswith("_ptr")]
-    sizes = (steps, batch_size, backwards, zoneout_h_rate, zoneout_c_rate)
-    persistent_launch.launch(forward_kernel, config, in_order, sizes, constants)
+    persistent_launch.launch(
+        forward_kernel, config, in_order, (steps, batch_size, backwards, *options.rates), constants
+    )
 
 
-def _norm_tensors(walk: Any, config: PersistentConfig) -> dict[str, Tensor | None]:
-    """What the kernel takes for layer norm, by its arguments' names."""
-
-    def stacked(name: str) -> Tensor | None:
-        return _stacked([getattr(p, name) for p in walk.parameters])
-
-    gates = walk.layer_norm == "gates"
-    projections = walk.layer_norm is not None and not gates
-    mean, scale = row_statistics(walk.gates) if projections else (None, None)
-    statistics = None
-    if walk.layer_norm is not None and config.programs > 1:
+def _statistics(walk: Any, config: PersistentConfig) -> dict[str, Tensor | None]:
+    """Those of the input product, where its norm is its own; and where the programs put those of a step."""
+    gates, layer_norm = walk.gates, walk.layer_norm
+    mean = scale = statistics = None
+    if layer_norm is not None and layer_norm != "gates":
+        mean, scale = row_statistics(gates)
+    if layer_norm is not None and config.programs > 1:
         places = -(-config.programs // config.units) * config.units
-        shape = (walk.gates.size(0), config.batch_tiles, 10 if gates else 4, config.rows, places)
-        statistics = walk.gates.new_zeros(shape, dtype=torch.float32)
-    return {
-        "norm_weight_ptr": stacked("norm_gates_weight" if gates else "norm_ih_weight"),
-        "norm_hh_weight_ptr": stacked("norm_hh_weight"),
-        "norm_bias_ptr": stacked("norm_gates_bias") if gates else _biases(walk) if projections else None,
-        "norm_cell_weight_ptr": stacked("norm_cell_weight"),
-        "norm_cell_bias_ptr": stacked("norm_cell_bias"),
-        "input_mean_ptr": mean,
-        "input_scale_ptr": scale,
-        "product_ptr": walk.product if projections and walk.save else None,
-        "statistics_ptr": statistics,
-    }
-
-
-def _biases(walk: Any) -> Tensor | None:
-    """(D, 4H): all biases behind the norms of the projections in one."""
-    names = ("bias_ih", "bias_hh", "norm_ih_bias", "norm_hh_bias")
-    of_each = [[getattr(p, name) for name in names if getattr(p, name) is not None] for p in walk.parameters]
-    return _stacked([sum(bias.float() for bias in biases) if biases else None for biases in of_each])
-
-
-def _stacked(of_each: list[Tensor | None]) -> Tensor | None:
-    """(D, ...), contiguous; None where the directions have none."""
-    if of_each[0] is None:
-        return None
-    return of_each[0].contiguous()[None] if len(of_each) == 1 else torch.stack(of_each)
-
-
-def _zoneout(of_each: list[Tensor | float | None]) -> tuple[str | None, Tensor | None, float]:
-    """The kernel's flag, the masks (D, T, N, H) in bytes, and the rate, which is the same in all directions."""
-    if isinstance(of_each[0], Tensor):
-        return "mask", _stacked(of_each).view(torch.uint8), 0.0
-    return (None, None, 0.0) if of_each[0] is None else ("rate", None, of_each[0])
+        shape = (gates.size(0), config.batch_tiles, 10 if layer_norm == "gates" else 4, config.rows, places)
+        statistics = gates.new_zeros(shape, dtype=torch.float32)
+    return {"input_mean_ptr": mean, "input_scale_ptr": scale, "statistics_ptr": statistics}

@@ -18,17 +18,26 @@ _CAN_KEEP_LOOPS = "disable_licm" in inspect.signature(tl.range).parameters
 INTERPRETER = Device("Triton's interpreter", 90, 1_000_000, 232_448)
 
 
-def config_for(tensor: Tensor, hidden_size: int, batch_size: int, directions: int = 1) -> PersistentConfig:
-    """The grid for a layer on tensor's device in its dtype.
+def config_for(
+    tensor: Tensor, hidden_size: int, batch_size: int, directions: int = 1, through_norms: bool = False
+) -> PersistentConfig:
+    """The grid for a layer on tensor's device in its dtype; all else as `persistent_config` takes it.
 
     Raises:
         DoesNotFit: no grid fits the device at once
     """
-    return persistent_config(_device(tensor.device), tensor.element_size(), hidden_size, batch_size, directions)
+    device, element_size = _device(tensor.device), tensor.element_size()
+    return persistent_config(device, element_size, hidden_size, batch_size, directions, through_norms)
 
 
-def obstacle(device: torch.device, dtype: torch.dtype, hidden_size: int, batch_size: int) -> str | None:
-    """Why a layer's steps cannot run in one launch on device, or None if they can."""
+def obstacle(
+    device: torch.device, dtype: torch.dtype, hidden_size: int, batch_size: int, through_norms: bool = False
+) -> str | None:
+    """Why a layer's steps cannot run in one launch on device, or None if they can.
+
+    Args:
+        through_norms: back through layer norms
+    """
     if dtype == torch.float64:
         return "its products are the matrix units', which take no float64"
     if not _CAN_KEEP_LOOPS:
@@ -36,7 +45,7 @@ def obstacle(device: torch.device, dtype: torch.dtype, hidden_size: int, batch_s
     if not INTERPRETED and not torch.cuda.is_available():
         return "there is no CUDA device"
     try:
-        config = persistent_config(_device(device), dtype.itemsize, hidden_size, batch_size)
+        config = persistent_config(_device(device), dtype.itemsize, hidden_size, batch_size, 1, through_norms)
     except DoesNotFit as reason:
         return str(reason)
     if INTERPRETED and config.programs > 1:

@@ -1,10 +1,15 @@
-"""LSTM on the persistent backend, and with recomputed gates, against torch.nn.LSTM: layers of one program."""
+"""LSTM on the persistent backend, and with recomputed gates, against torch.nn.LSTM and the reference."""
 
 import pytest
 import torch
+import walks
 from tolerance import assert_as_accurate
+from walks import Variant
 
 import fused_lstm
+from fused_lstm.kernels import persistent, persistent_backward, persistent_launch, stepwise
+
+pytest_plugins = ["persistent_grids"]
 
 
 def train(module, input, lengths, hx):
@@ -61,28 +66,48 @@ def test_recompute_is_a_bool():
         fused_lstm.LSTM(3, 4, recompute=1)
 
 
-OPTIONS = {
-    "peephole_zoneout": {"peephole": True, "zoneout": (0.2, 0.1), "recurrent_dropout": 0.25},
-    "gates": {"layer_norm": "gates", "bidirectional": True},
-    "projections": {"layer_norm": "projections", "zoneout": 0.1, "recompute": True},
-    "projections_cell": {"layer_norm": "projections_cell", "peephole": True},
+OPTIONS = {  # and are there lengths?
+    "recompute": ({"recompute": True, "bidirectional": True}, True),
+    "peephole_zoneout": ({"peephole": True, "zoneout": (0.2, 0.1), "recurrent_dropout": 0.25}, False),
+    "gates": ({"layer_norm": "gates", "zoneout": 0.2}, True),
+    "gates_bidirectional": ({"layer_norm": "gates", "bidirectional": True, "recompute": True}, False),
+    "projections": ({"layer_norm": "projections", "recurrent_dropout": 0.25, "recompute": True}, False),
+    "projections_cell": ({"layer_norm": "projections_cell", "peephole": True}, True),
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_options_equal_the_reference(options, device):
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("grids")
+@pytest.mark.parametrize(("options", "with_lengths"), OPTIONS.values(), ids=OPTIONS)
+def test_options_equal_the_reference(options, with_lengths, device, monkeypatch):
     """Under the same seed: the draws are the same on every backend and in every dtype of a CPU."""
-    torch.manual_seed(2)
-    reset = None if "bidirectional" in options else torch.rand(8, 48, device=device) < 0.3
+    monkeypatch.setattr(persistent_launch, "obstacle", lambda *_, **__: None)  # of the interpreter, without the grids
+    torch.manual_seed(3)
+    reset = None if "bidirectional" in options else torch.rand(4, 16, device=device) < 0.3
+    lengths = torch.randint(1, 5, (16,)) if with_lengths else None
     found = []
     for backend, dtype in (("persistent", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
-        torch.manual_seed(0)
-        module = fused_lstm.LSTM(8, 24, 2, device=device, backend=backend, **options).to(dtype)
-        input = torch.randn(8, 48, 8, device=device).to(dtype).requires_grad_()
         torch.manual_seed(1)
-        output, (h_n, c_n) = module(input, reset=reset)
+        module = fused_lstm.LSTM(8, 100, device=device, backend=backend, **options).to(dtype)
+        input = torch.randn(4, 16, 8, device=device).to(dtype).requires_grad_()
+        torch.manual_seed(1)
+        output, (h_n, c_n) = module(input, reset=reset, lengths=lengths)
         loss = (output**2).sum() + h_n.sum() + (c_n**3).sum()
         gradients = torch.autograd.grad(loss, [input, *module.parameters()])
         found.append([output, h_n, c_n, *gradients])
     for actual, same_dtype, true in zip(*found, strict=True):
         assert_as_accurate(actual, same_dtype, true)
+
+
+@pytest.mark.parametrize("layer_norm", [None, "gates"])
+@pytest.mark.parametrize("fits", [True, False])
+def test_where_norms_do_not_fit_the_way_back_is_stepwise(fits, layer_norm, device, monkeypatch):
+    """The plain cell's never is: its grid is the forward's."""
+    ran = []
+    monkeypatch.setattr(persistent_launch, "obstacle", lambda *_, **__: None if fits else "too few registers")
+    for kernels in (persistent_backward, stepwise):
+        name = kernels.__name__.rpartition(".")[2]
+        monkeypatch.setattr(kernels, "recurrence_backward", lambda *_, name=name: ran.append(name))
+    walk = walks.walk_of(walks.make_inputs(2, 3, 40, Variant(layer_norm=layer_norm), device=device))
+    persistent.recurrence_backward(walk, None)
+    assert ran == ["persistent_backward" if fits or layer_norm is None else "stepwise"]

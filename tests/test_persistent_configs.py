@@ -76,6 +76,37 @@ def test_a_small_layer_is_one_program(hidden_size):
 
 
 @pytest.mark.parametrize(
+    ("device", "element_size", "hidden_size", "batch_size", "rows", "batch_tiles", "programs", "k", "hoist"),
+    [
+        # rows as the registers allow: 32 with wgmma alone; chunks of 512 bytes where W is read through addresses
+        ("h100", 2, 40, 16, 16, 1, 4, (64,), True),  # several programs, where a plain layer is one
+        ("h100", 2, 512, 64, 16, 4, 32, (512,), True),
+        ("h100", 2, 512, 128, 32, 4, 32, (512,), False),
+        ("h100", 2, 1024, 64, 32, 2, 64, (1024,), False),
+        ("a100", 2, 1024, 16, 16, 1, 64, (256,) * 4, True),
+        ("a100", 4, 512, 16, 16, 1, 32, (128,) * 4, True),
+        ("b200", 2, 256, 16, 16, 1, 16, (256,), False),
+    ],
+)
+def test_the_way_back_through_norms(
+    device, element_size, hidden_size, batch_size, rows, batch_tiles, programs, k, hoist
+):
+    config = persistent_config(KNOWN_DEVICES[device], element_size, hidden_size, batch_size, through_norms=True)
+    assert (config.rows, config.batch_tiles, config.programs) == (rows, batch_tiles, programs)
+    assert (config.backward_k, config.hoist) == (k, hoist)
+
+
+@pytest.mark.parametrize(
+    ("device", "hidden_size", "batch_size", "rows"),
+    [("h100", 1024, 128, 32), ("a100", 768, 48, 16), ("b200", 1024, 64, 16)],
+)
+def test_norms_do_not_go_back_in_taller_tiles(device, hidden_size, batch_size, rows):
+    persistent_config(KNOWN_DEVICES[device], 2, hidden_size, batch_size)
+    with pytest.raises(DoesNotFit, match=f"programs for each {rows} of {batch_size} rows are more than"):
+        persistent_config(KNOWN_DEVICES[device], 2, hidden_size, batch_size, through_norms=True)
+
+
+@pytest.mark.parametrize(
     ("device", "element_size", "hidden_size", "batch_size", "reason"),
     [
         ("h100", 4, 1024, 16, "256 KB of W_hh a program are more than a block of H100 has"),
@@ -94,12 +125,13 @@ def test_what_does_not_fit_says_why(device, element_size, hidden_size, batch_siz
 @pytest.mark.parametrize("device", KNOWN_DEVICES.values(), ids=KNOWN_DEVICES)
 @pytest.mark.parametrize("element_size", [2, 4])
 @pytest.mark.parametrize("directions", [1, 2])
-def test_every_grid_that_fits_holds_what_it_promises(device, element_size, directions):
+@pytest.mark.parametrize("through_norms", [False, True])
+def test_every_grid_that_fits_holds_what_it_promises(device, element_size, directions, through_norms):
     fitting = 0
     for hidden_size in (1, 17, 64, 65, 100, 128, 160, 256, 500, 512, 650, 768, 1024, 1150, 1536):
         for batch_size in (1, 3, 16, 65, 128, 500):
             try:
-                config = persistent_config(device, element_size, hidden_size, batch_size, directions)
+                config = persistent_config(device, element_size, hidden_size, batch_size, directions, through_norms)
             except DoesNotFit:
                 continue
             fitting += 1
