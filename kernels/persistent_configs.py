@@ -98,8 +98,12 @@ def _config(
             f"the {device.multiprocessors} multiprocessors of {device.name}"
         )
     room = (device.shared_memory - weights) // (rows * element_size)  # for how much of a contraction's h at a time
-    # mma.sync reads the backward's W through addresses instead, of which the registers hold those of 1024 bytes.
-    largest = 1024 if described else (512 if through_norms else 1024) // element_size
+    largest = 1024
+    if not described:
+        # mma.sync reads W through addresses, of which the registers hold those of one chunk of 1024 bytes, or of several
+        # of 512 that share most of theirs.
+        whole = backward_total * element_size <= 1024 and not through_norms
+        largest = (1024 if whole else 512) // element_size
     at_once = backward_total <= room
     while not at_once and largest > room:
         largest //= 2
