@@ -100,8 +100,8 @@ def _config(
     room = (device.shared_memory - weights) // (rows * element_size)  # for how much of a contraction's h at a time
     largest = 1024
     if not described:
-        # mma.sync reads W through addresses, of which the registers hold those of one chunk of 1024 bytes, or of several
-        # of 512 that share most of theirs.
+        # mma.sync reads W through addresses, of which the registers hold those of one chunk of 1024 bytes, or of
+        # several of 512, which share most of theirs.
         whole = backward_total * element_size <= 1024 and not through_norms
         largest = (1024 if whole else 512) // element_size
     at_once = backward_total <= room
