@@ -8,24 +8,60 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_lstm.kernels.configs import cell_config
-from fused_lstm.kernels.norms import EPS
+from fused_lstm.kernels.norms import EPS, sums_of_2, sums_of_4
 from fused_lstm.kernels.persistent_recall import activated, before_activation, by_c, load_peepholes, normalized
 from fused_lstm.kernels.persistent_sums import PITCHES, along_and_across
 from fused_lstm.kernels.persistent_tiles import load_four
 
 
 @triton.jit
-def _moments(x, inside, SIZE: tl.constexpr):
-    """The mean of SIZE numbers and the scale; x: rows, zero where not inside, that are normalised together."""
-    total = x[0]
-    for k in tl.static_range(1, len(x)):
-        total += x[k]
-    mean = tl.sum(total) / SIZE
-    squares = tl.zeros_like(total)
-    for k in tl.static_range(len(x)):
-        each = tl.where(inside, x[k] - mean, 0.0)
-        squares += each * each
-    return mean, tl.rsqrt(tl.sum(squares) / SIZE + EPS)
+def _squares(x, mean, inside):
+    deviation = tl.where(inside, x - mean, 0.0)
+    return deviation * deviation
+
+
+@triton.jit
+def _scale(squares, SIZE: tl.constexpr):
+    return tl.rsqrt(squares / SIZE + EPS)
+
+
+# Means and scales of rows that are zero where not inside. All sums of a pass cross the warps together.
+
+
+@triton.jit
+def _moments(x, inside, H: tl.constexpr):
+    mean = tl.sum(x) / H
+    return mean, _scale(tl.sum(_squares(x, mean, inside)), H)
+
+
+@triton.jit
+def _moments_of_each(x, inside, H: tl.constexpr):
+    """Of four gates."""
+    i, f, g, o = sums_of_4(x[0], x[1], x[2], x[3])
+    means = (i / H, f / H, g / H, o / H)
+    i, f, g, o = sums_of_4(
+        _squares(x[0], means[0], inside),
+        _squares(x[1], means[1], inside),
+        _squares(x[2], means[2], inside),
+        _squares(x[3], means[3], inside),
+    )
+    return means, (_scale(i, H), _scale(f, H), _scale(g, H), _scale(o, H))
+
+
+@triton.jit
+def _squares_of_all(x, mean, inside):
+    return (_squares(x[0], mean, inside) + _squares(x[1], mean, inside)) + (
+        _squares(x[2], mean, inside) + _squares(x[3], mean, inside)
+    )
+
+
+@triton.jit
+def _moments_of_both(x, y, inside, H: tl.constexpr):
+    """Of all four gates of x, and of y."""
+    x_mean, y_mean = sums_of_2((x[0] + x[1]) + (x[2] + x[3]), (y[0] + y[1]) + (y[2] + y[3]))
+    means = (x_mean / (4 * H), y_mean / (4 * H))
+    x_squares, y_squares = sums_of_2(_squares_of_all(x, means[0], inside), _squares_of_all(y, means[1], inside))
+    return means, (_scale(x_squares, 4 * H), _scale(y_squares, 4 * H))
 
 
 @triton.jit(do_not_specialize=["rows", "batch_size", "backwards"])
@@ -74,37 +110,36 @@ def statistics_kernel(
             reset_c = tl.load(reset_c_ptr + (row % batch_size) * H + unit, mask=inside, other=0.0).to(tl.float32)
             c_before = tl.where(tl.load(reset_ptr + row) != 0, reset_c, c_before)
         if LAYER_NORM == "gates":
-            i_mean, i_scale = _moments(x[:1], inside, H)
-            f_mean, f_scale = _moments(x[1:2], inside, H)
-            g_mean, g_scale = _moments(x[2:3], inside, H)
-            o_mean, o_scale = _moments(x[3:], inside, H)
-            normal = normalized(x, (i_mean, f_mean, g_mean, o_mean), (i_scale, f_scale, g_scale, o_scale))
+            means, scales = _moments_of_each(x, inside, H)
+            normal = normalized(x, means, scales)
             hh_normal = normal
         else:
-            x_mean, x_scale = _moments(x, inside, 4 * H)
             hh = load_four(product_ptr + at * (4 * H) + unit, H, inside, 0.0)
-            hh_mean, hh_scale = _moments(hh, inside, 4 * H)
-            normal = normalized(x, (x_mean,), (x_scale,))
-            hh_normal = normalized(hh, (hh_mean,), (hh_scale,))
+            means, scales = _moments_of_both(x, hh, inside, H)
+            normal = normalized(x, means[:1], scales[:1])
+            hh_normal = normalized(hh, means[1:], scales[1:])
         pre = before_activation(normal, hh_normal, weight, hh_weight, bias, LAYER_NORM)
         i, f, g, c = activated(pre, c_before, peep, APPROX)  # zero beyond H, where g is
-        c_mean, c_scale = _moments((c,), inside, H)
+        c_mean, c_scale = _moments(c, inside, H)
         normal_c = (c - c_mean) * c_scale
         by = by_c(i, f, g, c_before)
         if LAYER_NORM == "gates":
-            moments = (i_mean, f_mean, g_mean, o_mean, i_scale, f_scale, g_scale, o_scale, c_mean, c_scale)
-            factors = (c_scale / H, i_scale / H, f_scale / H, g_scale / H, o_scale / H)
+            moments = means + scales + (c_mean, c_scale)
+            factors = (c_scale / H, scales[0] / H, scales[1] / H, scales[2] / H, scales[3] / H)
             terms = along_and_across(by[:1], weight[:1], normal[:1])
             terms = terms + along_and_across(by[1:2], weight[1:2], normal[1:2])
             terms = terms + along_and_across(by[2:], weight[2:3], normal[2:3])
         else:
-            moments = (x_mean, x_scale, hh_mean, hh_scale, c_mean, c_scale)
-            factors = (c_scale / H, x_scale / (4 * H), hh_scale / (4 * H))
+            moments = (means[0], scales[0], means[1], scales[1], c_mean, c_scale)
+            factors = (c_scale / H, scales[0] / (4 * H), scales[1] / (4 * H))
             terms = along_and_across(by, weight, normal) + along_and_across(by, hh_weight, hh_normal)
         statistics = tl.zeros((4 * PITCH,), tl.float32)
-        for k in tl.static_range(len(terms)):
-            statistics = tl.where(place == 2 + k, tl.sum(terms[k]), statistics)
-            statistics = tl.where(place == PITCH + 2 + k, tl.sum(terms[k] * normal_c), statistics)
+        for k in tl.static_range(0, len(terms), 2):
+            a, b, next_a, next_b = sums_of_4(terms[k], terms[k] * normal_c, terms[k + 1], terms[k + 1] * normal_c)
+            statistics = tl.where(place == 2 + k, a, statistics)
+            statistics = tl.where(place == 3 + k, next_a, statistics)
+            statistics = tl.where(place == PITCH + 2 + k, b, statistics)
+            statistics = tl.where(place == PITCH + 3 + k, next_b, statistics)
         for k in tl.static_range(len(factors)):
             statistics = tl.where(place // 2 == PITCH + k, factors[k], statistics)
         for k in tl.static_range(len(moments)):
