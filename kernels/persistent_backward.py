@@ -24,19 +24,26 @@ from torch import Tensor
 from fused_lstm.kernels import persistent_launch
 from fused_lstm.kernels.persistent_configs import PersistentConfig, starts
 from fused_lstm.kernels.persistent_options import options_of
-from fused_lstm.kernels.persistent_recall import load_peepholes, recalled, recalled_through_norms
+from fused_lstm.kernels.persistent_recall import recalled, recalled_through_norms
 from fused_lstm.kernels.persistent_statistics import walk_statistics
 from fused_lstm.kernels.persistent_sums import (
     LANES,
     PITCHES,
     add_programs,
-    load_statistics,
     store_sums,
     sums_of_row,
     through_cell,
     through_gates,
 )
-from fused_lstm.kernels.persistent_tiles import add_four, load_four, load_gates, multiply_four, product, store_gates
+from fused_lstm.kernels.persistent_tiles import (
+    add_four,
+    load_four,
+    load_gates,
+    load_peepholes,
+    multiply_four,
+    product,
+    store_gates,
+)
 from fused_lstm.kernels.synchronization import arrive, wait
 
 
@@ -258,7 +265,7 @@ def backward_kernel(
     if ZONEOUT_C == "mask":
         zoned_c = tl.load(zoneout_c_ptrs, mask=mask, other=other)
     if LAYER_NORM is not None:
-        statistics = load_statistics(statistics_ptrs, PITCH, rows_inside, other)
+        statistics = load_gates(statistics_ptrs, PITCH, rows_inside, other)  # four parts too
     c_old = tl.where(reset, reset_c, c_before) if reset_ptr is not None else c_before
     if LAYER_NORM is None:
         o_by_h, c_by_h, by, c_by_c, c = recalled(i, f, g, o, c_old, c_after, peep, HIDES_C, APPROX)
@@ -367,7 +374,7 @@ def backward_kernel(
             reset_next = tl.load(reset_ptrs, mask=rows_inside, other=other) != 0
         if LAYER_NORM is not None:
             statistics_ptrs += ahead * (4 * PITCH)
-            statistics = load_statistics(statistics_ptrs, PITCH, rows_inside, other)
+            statistics = load_gates(statistics_ptrs, PITCH, rows_inside, other)  # four parts too
         if PROGRAMS > 1:
             wait(d_gates_counter, OUTPUT_TILES * (done + 1))
         part = product(w, x_ptrs + slot * exchange_size, K_SIZES, K_STARTS, AT_ONCE, PRECISION)

@@ -25,7 +25,15 @@ from fused_lstm.kernels.norms import EPS
 from fused_lstm.kernels.persistent_configs import PersistentConfig, starts
 from fused_lstm.kernels.persistent_moments import join_moments, moments, moments_together, store_moments
 from fused_lstm.kernels.persistent_options import options_of
-from fused_lstm.kernels.persistent_tiles import laid_out_as, load_four, load_gates, product, split_gates, store_gates
+from fused_lstm.kernels.persistent_tiles import (
+    laid_out_as,
+    load_four,
+    load_gates,
+    load_peepholes,
+    product,
+    split_gates,
+    store_gates,
+)
 from fused_lstm.kernels.row_statistics import row_statistics
 from fused_lstm.kernels.synchronization import arrive, wait
 
@@ -140,11 +148,7 @@ def forward_kernel(
         zoned_c = tl.load(zoneout_c_ptrs, mask=mask, other=other)
     if ZONEOUT_H is not None:
         h_old = tl.load(h0_ptr + direction * batch_size * H + state, mask=mask, other=other)
-    if weight_ph_ptr is not None:
-        weight_ph_ptrs = weight_ph_ptr + direction * 3 * H + unit[:, None]
-        peep_i = tl.load(weight_ph_ptrs, mask=inside, other=0.0).to(tl.float32)
-        peep_f = tl.load(weight_ph_ptrs + H, mask=inside, other=0.0).to(tl.float32)
-        peep_o = tl.load(weight_ph_ptrs + 2 * H, mask=inside, other=0.0).to(tl.float32)
+    peep = load_peepholes(weight_ph_ptr, direction, unit[:, None], inside, 0.0, H)
     if recurrent_mask_ptr is not None:
         recurrent_ptrs = recurrent_mask_ptr + direction * batch_size * H + state
         recurrent_mask = tl.load(recurrent_ptrs, mask=mask, other=other).to(tl.float32)
@@ -267,8 +271,8 @@ def forward_kernel(
         if reset_ptr is not None:
             c = tl.where(reset, reset_c, c)
         if weight_ph_ptr is not None:
-            i += peep_i * c
-            f += peep_f * c
+            i += peep[0] * c
+            f += peep[1] * c
         i = sigmoid(i, APPROX)
         f = sigmoid(f, APPROX)
         g = tanh(g, APPROX)
@@ -287,7 +291,7 @@ def forward_kernel(
         if LAYER_NORM == "projections_cell":
             c_new = shown
         if weight_ph_ptr is not None:
-            o += peep_o * c_new
+            o += peep[2] * c_new
         o = sigmoid(o, APPROX)
         h = (o * tanh(shown, APPROX)).to(output_ptr.dtype.element_ty)
         if ZONEOUT_H == "mask":

@@ -12,19 +12,6 @@ from fused_lstm.kernels.persistent_sums import pick
 
 
 @triton.jit
-def load_peepholes(weight_ph_ptr, direction, unit, mask, other, H: tl.constexpr):
-    """Of i, f, o, in float32; None where there are none."""
-    peep = None
-    if weight_ph_ptr is not None:
-        ptrs = weight_ph_ptr + direction * 3 * H + unit
-        i = tl.load(ptrs, mask=mask, other=other).to(tl.float32)
-        f = tl.load(ptrs + H, mask=mask, other=other).to(tl.float32)
-        o = tl.load(ptrs + 2 * H, mask=mask, other=other).to(tl.float32)
-        peep = (i, f, o)
-    return peep
-
-
-@triton.jit
 def normalized(x, means, scales):
     """Four gates, each with its own mean and scale, or with one for all."""
     normal = ()

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fused_lstm.kernels.configs import cell_config
 from fused_lstm.kernels.norms import EPS, sums_of_2, sums_of_4
-from fused_lstm.kernels.persistent_recall import activated, before_activation, by_c, load_peepholes, normalized
+from fused_lstm.kernels.persistent_recall import activated, before_activation, by_c, normalized
 from fused_lstm.kernels.persistent_sums import PITCHES, along_and_across
-from fused_lstm.kernels.persistent_tiles import load_four
+from fused_lstm.kernels.persistent_tiles import load_four, load_peepholes
 
 
 @triton.jit

@@ -51,16 +51,6 @@ def pick(tile, lane: tl.constexpr):
 
 
 @triton.jit
-def load_statistics(ptrs, PITCH: tl.constexpr, mask, other):
-    """ptrs: [LANES, ROWS], of the first of the four parts."""
-    a = tl.load(ptrs, mask=mask, other=other)
-    b = tl.load(ptrs + PITCH, mask=mask, other=other)
-    factor = tl.load(ptrs + 2 * PITCH, mask=mask, other=other)
-    moments = tl.load(ptrs + 3 * PITCH, mask=mask, other=other)
-    return a, b, factor, moments
-
-
-@triton.jit
 def sums_of_row(
     y,  # [UNITS, ROWS]
     d_o,

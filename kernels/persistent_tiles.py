@@ -92,6 +92,19 @@ def load_four(ptrs, H: tl.constexpr, mask, other):
 
 
 @triton.jit
+def load_peepholes(weight_ph_ptr, direction, unit, mask, other, H: tl.constexpr):
+    """Of i, f, o, in float32; None where there are none."""
+    peep = None
+    if weight_ph_ptr is not None:
+        ptrs = weight_ph_ptr + direction * 3 * H + unit
+        i = tl.load(ptrs, mask=mask, other=other).to(tl.float32)
+        f = tl.load(ptrs + H, mask=mask, other=other).to(tl.float32)
+        o = tl.load(ptrs + 2 * H, mask=mask, other=other).to(tl.float32)
+        peep = (i, f, o)
+    return peep
+
+
+@triton.jit
 def add_four(a, b):
     return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
 
