@@ -34,7 +34,10 @@ _SIZES = {"hidden_size": 512, "batch_size": 16}
 
 
 # Sizes whose persistent grid is shown: H by N.
-_GRID_COLUMNS = ("H", "N", "grid", "rows", "K in chunks", "h at once", "shared KB", "rows of two", "rows through norms")
+_GRID_COLUMNS = (
+    *("H", "N", "grid", "rows", "K in chunks", "h at once", "shared KB"),
+    *("rows of two", "with options", "back through norms"),
+)
 _GRID_HIDDEN_SIZES = (64, 128, 256, 512, 650, 768, 1024, 1150, 1536)
 _GRID_BATCH_SIZES = (1, 16, 64, 128)
 
@@ -151,8 +154,8 @@ def _print_grids(console: Console, device: fused_lstm.Device) -> None:
     console.print(
         f"{device.name}: {device.multiprocessors} multiprocessors, {device.shared_memory // 1024} KB of shared memory "
         "a block. The persistent kernels' grid, programs by batch tiles of so many rows, where it fits at once; the "
-        "rows of a tile where two directions walk at once in one grid, or - where one walks after the other; and its "
-        "rows on the way back through layer norms, or - where that is stepwise:"
+        "rows of a tile where two directions walk at once in one grid, or - where one walks after the other; its rows "
+        "with options; and back through layer norms, or - where these are stepwise:"
     )
     for name, element_size in (("bfloat16, float16", 2), ("float32 (TF32)", 4)):
         table = Table(title=name, title_justify="left", box=box.SIMPLE_HEAD)
@@ -170,10 +173,13 @@ def _grid(device: fused_lstm.Device, element_size: int, hidden_size: int, batch_
     except fused_lstm.DoesNotFit as reason:
         return [*[""] * (len(_GRID_COLUMNS) - 2), str(reason)]
     both = fused_lstm.persistent_config(device, element_size, hidden_size, batch_size, directions=2)
-    try:
-        through_norms = fused_lstm.persistent_config(device, element_size, hidden_size, batch_size, through_norms=True)
-    except fused_lstm.DoesNotFit:
-        through_norms = None
+    rows = []
+    for burden in ("options", "norms"):
+        try:
+            laden = fused_lstm.persistent_config(device, element_size, hidden_size, batch_size, burden=burden)
+            rows.append(str(laden.rows))
+        except fused_lstm.DoesNotFit:
+            rows.append("-")
     return [
         f"{config.programs} x {config.batch_tiles}",
         str(config.rows),
@@ -181,6 +187,6 @@ def _grid(device: fused_lstm.Device, element_size: int, hidden_size: int, batch_
         "yes" if config.at_once else "no",
         str(config.shared_memory // 1024),
         str(both.rows) if both.directions == 2 else "-",
-        "-" if through_norms is None else str(through_norms.rows),
+        *rows,
         "",
     ]

@@ -11,6 +11,8 @@ from fused_lstm._precision import tf32_allowed
 
 ENVIRONMENT_VARIABLE = "FUSED_LSTM_BACKEND"
 
+# Options that change nothing of what a step computes.
+_OUTSIDE_STEPS = ("weight_dropout", "locked_dropout", "states")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -154,7 +156,9 @@ def _persistent_obstacle(case: _Case) -> str | None:
         return "it knows no projection"
     if case.dtype == torch.float32 and case.device.type == "cuda" and not tf32_allowed():
         return "it multiplies float32 in TF32, which torch.backends.cudnn.rnn.fp32_precision does not allow"
-    return persistent_launch.obstacle(case.device, case.dtype, case.hidden_size, case.batch_size)
+    plain = case.layer_norm is None and all(option in _OUTSIDE_STEPS for option in case.options)
+    burden = "none" if plain else "options"
+    return persistent_launch.obstacle(case.device, case.dtype, case.hidden_size, case.batch_size, burden)
 
 
 _OBSTACLES = {

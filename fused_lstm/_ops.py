@@ -48,6 +48,7 @@ def _recurrence(backend: str, walk: Walk, lengths: Tensor | None) -> ModuleType:
         projection=walk.parameters[0].weight_hr is not None,
         lengths=lengths is not None,
         layer_norm=walk.layer_norm,
+        options=walk.options(),
         compiling=True,  # torch's own LSTM is no choice in here
     ).name
     if name == "reference":

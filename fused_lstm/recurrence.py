@@ -50,6 +50,17 @@ class Walk(NamedTuple):
     reverse: tuple[bool, ...]
     save: bool
 
+    def options(self) -> tuple[str, ...]:
+        """The names of the options beside layer_norm that change a step."""
+        conditions = self.conditions[0]
+        in_use = {
+            "peephole": self.parameters[0].weight_ph is not None,
+            "zoneout": conditions.zoneout_h is not None or conditions.zoneout_c is not None,
+            "recurrent_dropout": conditions.recurrent_mask is not None,
+            "reset": conditions.reset is not None,
+        }
+        return tuple(name for name, used in in_use.items() if used)
+
 
 class Gradients(NamedTuple):
     """What arrives at a walk's results, and where the gradients of what it was made from go.

@@ -8,15 +8,16 @@ from typing import Any
 
 from fused_lstm.kernels import persistent_backward, persistent_launch, stepwise
 from fused_lstm.kernels.persistent_forward import recurrence_forward
+from fused_lstm.kernels.persistent_options import backward_burden
 
 __all__ = ["recurrence_backward", "recurrence_forward"]
 
 
 def recurrence_backward(walk: Any, gradients: Any) -> None:
     """Fills a `fused_lstm.recurrence.Gradients`, from a Walk that has been filled with save."""
-    gates, kernels = walk.gates, persistent_backward
-    if walk.layer_norm is not None:
+    gates, burden, kernels = walk.gates, backward_burden(walk), persistent_backward
+    if burden == "norms":  # else the grid is the forward's
         hidden_size = gates.size(3) // 4
-        if persistent_launch.obstacle(gates.device, gates.dtype, hidden_size, gates.size(2), through_norms=True):
+        if persistent_launch.obstacle(gates.device, gates.dtype, hidden_size, gates.size(2), burden):
             kernels = stepwise
     kernels.recurrence_backward(walk, gradients)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fused_lstm.kernels import persistent_launch
 from fused_lstm.kernels.persistent_configs import PersistentConfig, starts
-from fused_lstm.kernels.persistent_options import options_of
+from fused_lstm.kernels.persistent_options import backward_burden, options_of
 from fused_lstm.kernels.persistent_recall import recalled, recalled_through_norms
 from fused_lstm.kernels.persistent_statistics import walk_statistics
 from fused_lstm.kernels.persistent_sums import (
@@ -452,8 +452,7 @@ def recurrence_backward(walk: Any, gradients: Any) -> None:
         return
     if gradients.d_output is not None:
         gradients = gradients._replace(d_output=_evenly_apart(gradients.d_output))
-    through_norms = walk.layer_norm is not None
-    config = persistent_launch.config_for(walk.gates, gate_size // 4, batch_size, directions, through_norms)
+    config = persistent_launch.config_for(walk.gates, gate_size // 4, batch_size, directions, backward_burden(walk))
     for which in persistent_launch.in_turn(config, directions):
         _walk(persistent_launch.of_directions(walk, which), persistent_launch.of_directions(gradients, which), config)
 

@@ -3,6 +3,7 @@
 import functools
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal
 
 from fused_lstm.kernels.devices import Device
 
@@ -36,6 +37,11 @@ class PersistentConfig:
         return self.tiles * self.slices
 
 
+# What a walk holds in registers that a plain one does not: nothing; options, any of them, but backward not the norms;
+# or a step back through layer norms, which has twice a plain one's values at once, with whatever other options.
+Burden = Literal["none", "options", "norms"]
+
+
 class DoesNotFit(ValueError):
     """Why no grid of the persistent kernels fits the device at once."""
 
@@ -47,7 +53,7 @@ def persistent_config(
     hidden_size: int,
     batch_size: int,
     directions: int = 1,
-    through_norms: bool = False,
+    burden: Burden = "none",
 ) -> PersistentConfig:
     """The grid for a layer of hidden_size units (H) and batch_size rows (N) in a dtype of element_size bytes.
 
@@ -55,28 +61,28 @@ def persistent_config(
     computes. Else they walk one after the other, in the grid of one.
 
     Args:
-        through_norms: the grid of the way back through layer norms, which holds twice a plain step's values at once
+        burden: "none" for the plain cell; "options" with any option, but backward "norms" if it has layer norms
 
     Raises:
         DoesNotFit: no grid does, for one direction; its text gives the numbers
     """
     if directions > 1:
         try:
-            return _config(device, element_size, hidden_size, batch_size, directions, through_norms)
+            return _config(device, element_size, hidden_size, batch_size, directions, burden)
         except DoesNotFit:
             pass
-    return _config(device, element_size, hidden_size, batch_size, 1, through_norms)
+    return _config(device, element_size, hidden_size, batch_size, 1, burden)
 
 
 def _config(
-    device: Device, element_size: int, hidden_size: int, batch_size: int, directions: int, through_norms: bool
+    device: Device, element_size: int, hidden_size: int, batch_size: int, directions: int, burden: Burden
 ) -> PersistentConfig:
     # 64 rows of W a program: the least that wgmma and tcgen05 multiply; forward they are 16 units by 4 gates, backward
     # 64 outputs. More would halve the programs, and with them the shared memory that W can lie in.
     units, slices, tiles = 16, 4, -(-hidden_size // 64)
-    if hidden_size <= 64 and not through_norms:
+    if hidden_size <= 64 and (burden == "none" or (burden == "options" and element_size == 2)):
         # One program holds all of W and waits for nobody: a barrier costs more than the products it would spread.
-        # (Through norms 64 units are more than its registers hold.)
+        # (Through norms, or with options in float32, 64 units are more than its registers hold.)
         units, slices, tiles = 64, 1, 1
     programs = tiles * slices
     forward_total, backward_total = units * programs, 4 * units * tiles
@@ -88,9 +94,13 @@ def _config(
     # Rows of a batch tile: as few as let all tiles run at once, since all h of a tile is loaded in every step.
     # 16 are the least that a product takes without waste; of more than these the registers do not hold a step.
     described = device.capability in _DESCRIBED_BYTES
-    choices = (16, 32, 64) if described else (16, 32)
-    if through_norms:
-        choices = (16, 32) if device.capability == 90 else (16,)
+    power_of_two = backward_total & (backward_total - 1) == 0
+    if burden == "none":
+        choices = (16, 32, 64) if described else (16, 32)
+    elif burden == "options":  # mma.sync: only beside the addresses of one chunk of W
+        choices = (16, 32) if described or (power_of_two and backward_total * element_size <= 1024) else (16,)
+    else:
+        choices = (16, 32) if device.capability == 90 and element_size == 2 else (16,)
     rows = next((rows for rows in choices if -(-batch_size // rows) <= most), None)
     if rows is None:
         raise DoesNotFit(
@@ -102,8 +112,13 @@ def _config(
     if not described:
         # mma.sync reads W through addresses, of which the registers hold those of one chunk of 1024 bytes, or of
         # several of 512, which share most of theirs.
-        whole = backward_total * element_size <= 1024 and not through_norms
+        whole = backward_total * element_size <= 1024 and burden != "norms"
         largest = (1024 if whole else 512) // element_size
+        if burden == "options" and backward_total * element_size > 2048:
+            raise DoesNotFit(
+                f"the registers of {device.name} do not hold its options beside the addresses of "
+                f"{len(_chunks(backward_total, largest))} chunks of W_hh"
+            )
     at_once = backward_total <= room
     while not at_once and largest > room:
         largest //= 2
@@ -114,9 +129,11 @@ def _config(
     # The descriptors of all products fill the registers before the last ones are hoisted, and then they spill. Made
     # anew in each step they cost wgmma some 20 to 50 instructions, and tcgen05 less than fetching them.
     held = _DESCRIBED_BYTES.get(device.capability, 8192)
-    if rows == 64:
+    if burden == "options":
+        held = min(held, 2304)
+    if rows == 64 or (rows == 32 and burden == "options"):
         held //= 2
-    if through_norms and (rows == 32 or device.capability == 100):
+    if burden == "norms" and (rows == 32 or device.capability == 100):
         held = 0
     forward_k, backward_k = _chunks(forward_total, largest), _chunks(backward_total, largest)
     return PersistentConfig(

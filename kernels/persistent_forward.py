@@ -24,7 +24,7 @@ from fused_lstm.kernels.activations import sigmoid, tanh
 from fused_lstm.kernels.norms import EPS
 from fused_lstm.kernels.persistent_configs import PersistentConfig, starts
 from fused_lstm.kernels.persistent_moments import join_moments, moments, moments_together, store_moments
-from fused_lstm.kernels.persistent_options import options_of
+from fused_lstm.kernels.persistent_options import forward_burden, options_of
 from fused_lstm.kernels.persistent_tiles import (
     laid_out_as,
     load_four,
@@ -372,7 +372,7 @@ def recurrence_forward(walk: Any) -> None:
     directions, _, batch_size, gate_size = walk.gates.shape
     if batch_size == 0:
         return
-    config = persistent_launch.config_for(walk.gates, gate_size // 4, batch_size, directions)
+    config = persistent_launch.config_for(walk.gates, gate_size // 4, batch_size, directions, forward_burden(walk))
     for which in persistent_launch.in_turn(config, directions):
         _walk(persistent_launch.of_directions(walk, which), config)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_lstm.kernels.devices import Device, cuda_device
 from fused_lstm.kernels.interpretation import INTERPRETED
-from fused_lstm.kernels.persistent_configs import DoesNotFit, PersistentConfig, persistent_config
+from fused_lstm.kernels.persistent_configs import Burden, DoesNotFit, PersistentConfig, persistent_config
 
 # Triton 3.5's tl.range can be told to hoist nothing.
 _CAN_KEEP_LOOPS = "disable_licm" in inspect.signature(tl.range).parameters
@@ -18,8 +18,18 @@ _CAN_KEEP_LOOPS = "disable_licm" in inspect.signature(tl.range).parameters
 INTERPRETER = Device("Triton's interpreter", 90, 1_000_000, 232_448)
 
 
+def compile_options(device: Device) -> dict[str, int]:
+    """What the compiler is told of a persistent kernel beside its warps."""
+    options = {"num_stages": 1}
+    if device.capability == 100:
+        # All registers: a program has its multiprocessor to itself. Left alone, the assembler of sm_100 saves some for
+        # a second program, and spills for it; told so, that of the others spills where it had not.
+        options["maxnreg"] = 255
+    return options
+
+
 def config_for(
-    tensor: Tensor, hidden_size: int, batch_size: int, directions: int = 1, through_norms: bool = False
+    tensor: Tensor, hidden_size: int, batch_size: int, directions: int = 1, burden: Burden = "none"
 ) -> PersistentConfig:
     """The grid for a layer on tensor's device in its dtype; all else as `persistent_config` takes it.
 
@@ -27,16 +37,16 @@ def config_for(
         DoesNotFit: no grid fits the device at once
     """
     device, element_size = _device(tensor.device), tensor.element_size()
-    return persistent_config(device, element_size, hidden_size, batch_size, directions, through_norms)
+    return persistent_config(device, element_size, hidden_size, batch_size, directions, burden)
 
 
 def obstacle(
-    device: torch.device, dtype: torch.dtype, hidden_size: int, batch_size: int, through_norms: bool = False
+    device: torch.device, dtype: torch.dtype, hidden_size: int, batch_size: int, burden: Burden = "none"
 ) -> str | None:
     """Why a layer's steps cannot run in one launch on device, or None if they can.
 
     Args:
-        through_norms: back through layer norms
+        burden: as `persistent_config` takes it
     """
     if dtype == torch.float64:
         return "its products are the matrix units', which take no float64"
@@ -45,7 +55,7 @@ def obstacle(
     if not INTERPRETED and not torch.cuda.is_available():
         return "there is no CUDA device"
     try:
-        config = persistent_config(_device(device), dtype.itemsize, hidden_size, batch_size, 1, through_norms)
+        config = persistent_config(_device(device), dtype.itemsize, hidden_size, batch_size, 1, burden)
     except DoesNotFit as reason:
         return str(reason)
     if INTERPRETED and config.programs > 1:
@@ -93,4 +103,12 @@ def launch(
             raise RuntimeError("Triton's interpreter runs one program after another; these wait for each other")
         kernel[grid](*tensors, *sizes, **constants)
         return
-    kernel[grid](*tensors, *sizes, **constants, num_warps=config.num_warps, num_stages=1, launch_cooperative_grid=True)
+    device = _device(next(tensor.device for tensor in tensors if tensor is not None))
+    kernel[grid](
+        *tensors,
+        *sizes,
+        **constants,
+        num_warps=config.num_warps,
+        launch_cooperative_grid=True,
+        **compile_options(device),
+    )

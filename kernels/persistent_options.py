@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_lstm.kernels.persistent_configs import Burden
+
 
 class Options(NamedTuple):
     """tensors: None where the walk has no such option; rates: of zoneout on h and on c; constants: at compile time."""
@@ -12,6 +14,15 @@ class Options(NamedTuple):
     tensors: dict[str, Tensor | None]
     rates: tuple[float, float]
     constants: dict[str, Any]
+
+
+def forward_burden(walk: Any) -> Burden:
+    """Of a `fused_lstm.recurrence.Walk`."""
+    return "options" if walk.layer_norm is not None or walk.options() else "none"
+
+
+def backward_burden(walk: Any) -> Burden:
+    return "norms" if walk.layer_norm is not None else forward_burden(walk)
 
 
 def options_of(walk: Any) -> Options:

@@ -4,7 +4,7 @@ import collections
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ class Case:
     """One kernel as it is launched.
 
     constants: its compile-time arguments; pointer_types: of its pointers by name, "*" for all others; num_warps: of a
-    program; loops: its longest loop walks the time steps, and one turn of it is what counts.
+    program; loops: its longest loop walks the time steps, and one turn of it is what counts; options: all else that
+    the compiler is told.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Case:
     pointer_types: dict[str, str]
     num_warps: int
     loops: bool = False
+    options: dict[str, Any] = field(default_factory=lambda: {"num_stages": 1})
 
 
 def compile_case(case: Case, capability: int) -> Any:
@@ -46,7 +48,7 @@ def compile_case(case: Case, capability: int) -> Any:
             if name in ("hidden_size", "output_size"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=attributes)
-    options = {"num_warps": case.num_warps, "num_stages": 1}
+    options = {"num_warps": case.num_warps} | case.options
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

@@ -145,6 +145,10 @@ def test_automatic_with_a_norm():
     assert error_of(select_backend, **CASE, layer_norm="batch", device="cpu") == (ValueError, expected)
 
 
+_WIDE = {"dtype": torch.bfloat16, "hidden_size": 1024, "batch_size": 128}  # which only a plain step has registers for
+_NARROW = "64 programs for each 32 of 128 rows are more than the 132 multiprocessors of H100"
+
+
 @pytest.mark.usefixtures("compiled_kernels", "h100")
 @pytest.mark.parametrize(
     ("options", "obstacle"),
@@ -155,6 +159,9 @@ def test_automatic_with_a_norm():
         ({"dtype": torch.float64}, "its products are the matrix units', which take no float64"),
         ({"projection": True}, "it knows no projection"),
         ({"hidden_size": 1024}, "256 KB of W_hh a program are more than a block of H100 has"),
+        ({**_WIDE, "options": ["weight_dropout", "locked_dropout", "states"]}, None),  # nothing of these is in a step
+        *(({**_WIDE, "options": [name]}, _NARROW) for name in ("peephole", "zoneout", "recurrent_dropout", "reset")),
+        ({**_WIDE, "layer_norm": "gates"}, _NARROW),
     ],
 )
 def test_persistent_on_an_h100(options, obstacle):

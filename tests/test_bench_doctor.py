@@ -112,13 +112,13 @@ def test_the_trial_runs_the_kernels(device, monkeypatch):
 
 
 def test_the_grids_of_a_named_device(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "240")
     assert main(["doctor", "--device-name", "h100"]) == 0
     lines = lines_of(capsys.readouterr().out)
     assert lines[0].startswith("H100: 132 multiprocessors, 227 KB of shared memory a block.")
-    assert "512 16 32 x 1 16 512 yes 80 16 16" in lines
-    assert "1024 64 64 x 2 32 1024 yes 192 64 32" in lines
-    assert "1024 128 64 x 2 64 512 + 512 no 192 - -" in lines
+    assert "512 16 32 x 1 16 512 yes 80 16 16 16" in lines
+    assert "1024 64 64 x 2 32 1024 yes 192 64 32 32" in lines
+    assert "1024 128 64 x 2 64 512 + 512 no 192 - - -" in lines
     assert "1024 16 256 KB of W_hh a program are more than a block of H100 has" in lines  # in float32
 
 

@@ -7,7 +7,9 @@ from tolerance import assert_as_accurate
 from walks import Variant
 
 import fused_lstm
+from fused_lstm import _ops
 from fused_lstm.kernels import persistent, persistent_backward, persistent_launch, stepwise
+from fused_lstm.kernels.persistent_options import backward_burden, forward_burden
 
 pytest_plugins = ["persistent_grids"]
 
@@ -104,10 +106,38 @@ def test_options_equal_the_reference(options, with_lengths, device, monkeypatch)
 def test_where_norms_do_not_fit_the_way_back_is_stepwise(fits, layer_norm, device, monkeypatch):
     """The plain cell's never is: its grid is the forward's."""
     ran = []
-    monkeypatch.setattr(persistent_launch, "obstacle", lambda *_, **__: None if fits else "too few registers")
+    monkeypatch.setattr(
+        persistent_launch, "obstacle", lambda *case: None if fits or case[-1] != "norms" else "too few registers"
+    )
     for kernels in (persistent_backward, stepwise):
         name = kernels.__name__.rpartition(".")[2]
         monkeypatch.setattr(kernels, "recurrence_backward", lambda *_, name=name: ran.append(name))
     walk = walks.walk_of(walks.make_inputs(2, 3, 40, Variant(layer_norm=layer_norm), device=device))
     persistent.recurrence_backward(walk, None)
     assert ran == ["persistent_backward" if fits or layer_norm is None else "stepwise"]
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({}, ()),
+        ({"weight_dropout": 0.5}, ()),
+        ({"peephole": True}, ("peephole",)),
+        ({"zoneout": (0.0, 0.2)}, ("zoneout",)),
+        ({"zoneout": 0.2, "recurrent_dropout": 0.2}, ("zoneout", "recurrent_dropout", "reset")),
+    ],
+)
+@pytest.mark.parametrize("layer_norm", [None, "gates"])
+def test_the_operators_choose_by_the_options_of_a_step(options, names, layer_norm, device, monkeypatch):
+    """Both alike, as under torch.compile nobody has chosen before them; and the grids that the walk then takes."""
+    asked, select = [], _ops.select_backend
+    monkeypatch.setattr(_ops, "select_backend", lambda *args, **case: asked.append(case) or select(*args, **case))
+    reset = torch.ones(2, 3, device=device) if "reset" in names else None
+    module = fused_lstm.LSTM(4, 5, device=device, backend="reference", layer_norm=layer_norm, **options)
+    module(torch.randn(2, 3, 4, device=device), reset=reset)[0].sum().backward()
+    assert [(case["layer_norm"], case["options"]) for case in asked] == [(layer_norm, names)] * 2
+
+    walk = walks.walk_of(walks.make_inputs(2, 3, 40, Variant(layer_norm=layer_norm), device=device))
+    monkeypatch.setattr(type(walk), "options", lambda _: names)
+    forward = "options" if names or layer_norm else "none"
+    assert (forward_burden(walk), backward_burden(walk)) == (forward, "norms" if layer_norm else forward)
