@@ -115,13 +115,13 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_output, d_h_n, d_c_n, d_c_all, *_):
-        *tensors, output, gates, product, entered, c = ctx.saved_tensors
+        *tensors, output, gates, product, entered, moments, c = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
         d_results = (d_output, d_h_n, d_c_n, d_c_all if ctx.options[-1] else None)
         if torch.is_grad_enabled():  # create_graph=True: somebody will differentiate what is returned here
             grads = _differentiable_backward(ctx.options, ctx.count, tensors, d_results, needs)
         else:
-            saved = (output, gates, product, entered, c)
+            saved = (output, gates, product, entered, moments, c)
             grads = _fused_backward(ctx.options, ctx.count, tensors, d_results, needs, saved)
         return None, None, *grads
 

@@ -16,7 +16,7 @@ from fused_lstm import reference_recurrence
 from fused_lstm._backends import select_backend
 from fused_lstm._precision import lstm_matmul_precision
 from fused_lstm._products import input_product, recompute_walk, weight_hh_gradient
-from fused_lstm.recurrence import Gradients, Walk, new_gradients, new_walk
+from fused_lstm.recurrence import MOMENTS, Gradients, Walk, new_gradients, new_walk
 from fused_lstm.reference import Conditions, Parameters, compute_dtype
 
 # The gradients of one direction's parameters, as `layer_backward` returns them. The two biases have one, since they
@@ -142,12 +142,13 @@ def layer_forward(
     save: bool,
     recompute: bool,
     states: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One layer, all directions, forward.
 
     Saved for backward, in bytes per (step, row, unit) in a 2-byte dtype (in float32): gates 8 (16), which lie where the
     input product was; c 4 (4); the output 2 (4), which the caller has anyway; with a norm of the projections W_hh h, 8
     (16); with a reset or a recurrent mask the h that entered each step, 2 (4). With recompute c and the output only.
+    Norms take 24 or 40 bytes more for each (step, row).
 
     Args:
         input (T, N, I), h0 (D, N, P), c0 (D, N, H): of one dtype
@@ -165,8 +166,8 @@ def layer_forward(
 
     Returns:
         output (T, N, D * P), h_n (D, N, P), c_n (D, N, H), and c of all steps (D, T, N, H) if states; then what the
-        backward needs: gates (D, T, N, 4H), product (D, T, N, 4H), entered (D, T, N, P) and c (D, T + 1, N, H); empty
-        is what is not there or was not asked for
+        backward needs: gates (D, T, N, 4H), product (D, T, N, 4H), entered (D, T, N, P), moments (D, T, N, ·) and
+        c (D, T + 1, N, H); empty is what is not there or was not asked for
     """
     directions = Directions(h0.size(0), reverse, lengths, flip)
     own = unflatten(parameters)
@@ -206,7 +207,8 @@ def layer_forward(
             buffer if buffer is not None and keep else none.clone()
             for buffer in (walk.gates, walk.product, walk.entered)
         ]
-    return output, h_n, c_n, c_all, *kept, c if save else c.new_empty(0)
+        kept += [buffer if buffer is not None and save else c.new_empty(0) for buffer in (walk.moments, c)]
+    return output, h_n, c_n, c_all, *kept
 
 
 @layer_forward.register_fake
@@ -228,7 +230,7 @@ def _(
     save,
     recompute,
     states,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     steps, batch_size, _ = input.shape
     directions, _, hidden_size = c0.shape
     output_size = h0.size(2)
@@ -243,6 +245,10 @@ def _(
         input.new_empty(gates if keep else 0),
         input.new_empty(gates if keep and layer_norm not in (None, "gates") else 0),
         input.new_empty((directions, steps, batch_size, output_size) if keep and enters else 0),
+        input.new_empty(
+            (directions, steps, batch_size, MOMENTS[layer_norm]) if save and layer_norm is not None else 0,
+            dtype=compute_dtype(input.dtype),
+        ),
         input.new_empty(
             (directions, steps + 1, batch_size, hidden_size) if save else 0, dtype=compute_dtype(input.dtype)
         ),
@@ -301,6 +307,7 @@ def layer_backward(
     gates: Tensor,
     product: Tensor,
     entered: Tensor,
+    moments: Tensor,
     c: Tensor,
     layer_norm: str | None,
     reverse: bool,
@@ -313,7 +320,8 @@ def layer_backward(
         d_output (T, N, D * P), d_h_n (D, N, P), d_c_n (D, N, H), d_c_all (D, T, N, H): gradients of the forward's
             results; None is zero
         input, h0, parameters, …, lengths, flip, layer_norm, reverse, backend: as the forward got them
-        output, gates, product, entered, c: as the forward returned them; where gates are empty, they are computed again
+        output, gates, product, entered, moments, c: as the forward returned them; where gates are empty, they are
+            computed again
         needs: which are wanted of the gradients of input, h0, c0, reset_h, reset_c and, for each direction, of
             `GRADIENTS`
 
@@ -335,6 +343,7 @@ def layer_backward(
             product if layer_norm not in (None, "gates") else None,
             directions.mirror_(output.clone(), 2) if any(directions.mirrored) else output,
             entered if reset is not None or masks[0] is not None else None,
+            moments if layer_norm is not None else None,
             c,
             h0.contiguous(),
             own,
@@ -412,6 +421,7 @@ def _(
     gates,
     product,
     entered,
+    moments,
     c,
     layer_norm,
     reverse,

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from fused_lstm.reference import Conditions, Parameters, compute_dtype
 
+# How many numbers of a step's row its norms are made with: of the four gates, or of both products, and of c.
+MOMENTS = {"gates": 10, "projections": 6, "projections_cell": 6}
+
 
 class Walk(NamedTuple):
     """One layer, all directions.
@@ -28,6 +31,8 @@ class Walk(NamedTuple):
     output (T, N, D, P): written. Rows may lie apart: what goes on are the last two dimensions
     entered (D, T, N, P), or (D, 1, N, P) if not save: written, the h that multiplied W_hh in each step, where that is
         not simply the output of the step before (with a reset or a recurrent mask); else None
+    moments (D, T, N, `MOMENTS`), in c's dtype: written, the mean of each of a step's gate norms, then the reciprocal
+        deviations of these, then both of c's norm; None without layer_norm, or if not save
     c (D, T + 1, N, H), or (D, 1, N, H) if not save: written, in float32, or float64 for float64; c0 stands in it first,
         where the walk begins: at [d, 0], or at [d, -1] where it begins at the end
     h0 (D, N, P), contiguous
@@ -42,6 +47,7 @@ class Walk(NamedTuple):
     product: Tensor | None
     output: Tensor
     entered: Tensor | None
+    moments: Tensor | None
     c: Tensor
     h0: Tensor
     parameters: tuple[Parameters, ...]
@@ -128,7 +134,11 @@ def new_walk(
         product = torch.empty_like(gates) if save else gates.new_empty(directions, 1, batch_size, gate_size)
     if conditions[0].reset is not None or conditions[0].recurrent_mask is not None:
         entered = gates.new_empty(directions, steps if save else 1, batch_size, output_size)
-    return Walk(gates, product, output, entered, c, h0.contiguous(), parameters, conditions, layer_norm, reverse, save)
+    moments = None
+    if layer_norm is not None and save:
+        moments = c.new_empty(directions, steps, batch_size, MOMENTS[layer_norm])
+    h0 = h0.contiguous()
+    return Walk(gates, product, output, entered, moments, c, h0, parameters, conditions, layer_norm, reverse, save)
 
 
 def new_gradients(

@@ -20,6 +20,7 @@ class _Direction(NamedTuple):
     product: Tensor | None
     output: Tensor
     entered: Tensor | None
+    moments: Tensor | None
     c: Tensor
     h0: Tensor
     parameters: Parameters
@@ -48,6 +49,7 @@ def _directions(walk: Walk) -> list[_Direction]:
             None if walk.product is None else walk.product[d],
             walk.output[:, :, d],
             None if walk.entered is None else walk.entered[d],
+            None if walk.moments is None else walk.moments[d],
             walk.c[d],
             walk.h0[d],
             walk.parameters[d],
@@ -192,24 +194,29 @@ def _forward(walk: _Direction) -> None:
         if cell.norm_ih is None:
             pre = gates.add_(product).to(cell.dtype)
             if cell.norm_gates is not None:
-                pre = cell.norm_gates(pre)[0]
+                pre, _, *moments = cell.norm_gates(pre)
         else:
             walk.product[at].copy_(product)
-            pre = cell.norm_ih(gates.to(cell.dtype))[0] + cell.norm_hh(product.to(cell.dtype))[0]
+            pre, mean, scale = cell.norm_ih(gates.to(cell.dtype))
+            normal_h, mean_h, scale_h = cell.norm_hh(product.to(cell.dtype))
+            pre, moments = pre + normal_h, (mean, mean_h, scale, scale_h)
             if cell.bias is not None:
                 pre += cell.bias
         c_before, c_after = cell.c_before(t), walk.c_around(t)[1]
         i, f, g, o = cell.activate(pre, c_before)
         if cell.hides_c:
             c = (f * c_before).addcmul_(i, g)
-            if cell.carries_norm:
-                c = cell.norm_cell(c)[0]
+            if cell.norm_cell is not None:
+                shown, *moments_c = cell.norm_cell(c)
+                if cell.carries_norm:
+                    c = shown
             c_after.copy_(_keep_(c_before, c, conditions.zoneout_c, t))
         else:
             c = torch.mul(f, c_before, out=c_after).addcmul_(i, g)
         o = cell.peep_o(o, c)
-        shown = c if cell.norm_cell is None or cell.carries_norm else cell.norm_cell(c)[0]
-        hidden = torch.tanh(shown).mul_(o)
+        hidden = torch.tanh(c if cell.norm_cell is None else shown).mul_(o)
+        if walk.moments is not None:
+            torch.cat([each.flatten(1) for each in (*moments, *moments_c)], 1, out=walk.moments[t])
         if p.weight_hr is not None:
             hidden = hidden.to(gates.dtype) @ p.weight_hr.t()
         walk.output[t].copy_(_keep_(h_old, hidden.to(gates.dtype), conditions.zoneout_h, t))

@@ -56,10 +56,11 @@ def sums_of_8(a, b, c, d, e, f, g, h):
 
 @triton.jit
 def normalize(x, mask, share):
-    """x over its H units; and the reciprocal of its deviation."""
-    x = tl.where(mask, x - tl.sum(x) * share, 0.0)
+    """x over its H units; its mean, and the reciprocal of its deviation."""
+    mean = tl.sum(x) * share
+    x = tl.where(mask, x - mean, 0.0)
     scale = tl.rsqrt(tl.sum(x * x) * share + EPS)
-    return x * scale, scale
+    return x * scale, mean, scale
 
 
 @triton.jit
@@ -70,18 +71,20 @@ def normalize_backward(d, normal, scale, share):
 
 @triton.jit
 def normalize_each(i, f, g, o, mask, share):
-    """Each of four gates over its own H units; and the reciprocals of their deviations."""
-    i_sum, f_sum, g_sum, o_sum = sums_of_4(i, f, g, o)
-    i = tl.where(mask, i - i_sum * share, 0.0)
-    f = tl.where(mask, f - f_sum * share, 0.0)
-    g = tl.where(mask, g - g_sum * share, 0.0)
-    o = tl.where(mask, o - o_sum * share, 0.0)
+    """Each of four gates over its own H units; their means; and the reciprocals of their deviations."""
+    i_mean, f_mean, g_mean, o_mean = sums_of_4(i, f, g, o)
+    i_mean, f_mean, g_mean, o_mean = i_mean * share, f_mean * share, g_mean * share, o_mean * share
+    i = tl.where(mask, i - i_mean, 0.0)
+    f = tl.where(mask, f - f_mean, 0.0)
+    g = tl.where(mask, g - g_mean, 0.0)
+    o = tl.where(mask, o - o_mean, 0.0)
     i_sum, f_sum, g_sum, o_sum = sums_of_4(i * i, f * f, g * g, o * o)
     i_scale = tl.rsqrt(i_sum * share + EPS)
     f_scale = tl.rsqrt(f_sum * share + EPS)
     g_scale = tl.rsqrt(g_sum * share + EPS)
     o_scale = tl.rsqrt(o_sum * share + EPS)
-    return i * i_scale, f * f_scale, g * g_scale, o * o_scale, i_scale, f_scale, g_scale, o_scale
+    means, scales = (i_mean, f_mean, g_mean, o_mean), (i_scale, f_scale, g_scale, o_scale)
+    return i * i_scale, f * f_scale, g * g_scale, o * o_scale, means, scales
 
 
 @triton.jit
@@ -100,7 +103,7 @@ def normalize_each_backward(
 
 @triton.jit
 def normalize_both(x_i, x_f, x_g, x_o, y_i, y_f, y_g, y_o, mask, share):
-    """x and y, each over all its 4H gates; and the reciprocals of their deviations."""
+    """x and y, each over all its 4H gates; their means; and the reciprocals of their deviations."""
     x_mean, y_mean = sums_of_2((x_i + x_f) + (x_g + x_o), (y_i + y_f) + (y_g + y_o))
     x_mean *= share / 4
     y_mean *= share / 4
@@ -114,7 +117,7 @@ def normalize_both(x_i, x_f, x_g, x_o, y_i, y_f, y_g, y_o, mask, share):
     x_scale, y_scale = tl.rsqrt(x_sum * (share / 4) + EPS), tl.rsqrt(y_sum * (share / 4) + EPS)
     x_i, x_f, x_g, x_o = x_i * x_scale, x_f * x_scale, x_g * x_scale, x_o * x_scale
     y_i, y_f, y_g, y_o = y_i * y_scale, y_f * y_scale, y_g * y_scale, y_o * y_scale
-    return x_i, x_f, x_g, x_o, y_i, y_f, y_g, y_o, x_scale, y_scale
+    return x_i, x_f, x_g, x_o, y_i, y_f, y_g, y_o, (x_mean, y_mean), (x_scale, y_scale)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ d_gates; then the ones of its tile of outputs, for SLICES partial sums, which it
 
 What an option does, the program that owns the units does to them; one that a layer has not is a pointer that is None,
 and costs nothing. A layer norm needs sums over all units of a row: they travel between all programs of a batch tile,
-which is a third wait in each step (persistent_sums.py tells how).
+twice in each step (persistent_sums.py tells which).
 
 Who waits at a counter is who arrives there: were they others, a program that the waiting ones do not hold back could
 arrive a second time before a slow one's first, and the sum of arrivals would say what is not so.
@@ -25,15 +25,16 @@ from fused_lstm.kernels import persistent_launch
 from fused_lstm.kernels.persistent_configs import PersistentConfig, starts
 from fused_lstm.kernels.persistent_options import backward_burden, options_of
 from fused_lstm.kernels.persistent_recall import recalled, recalled_through_norms
-from fused_lstm.kernels.persistent_statistics import walk_statistics
 from fused_lstm.kernels.persistent_sums import (
+    CELL_SUMS,
+    GATE_SUMS,
     LANES,
-    PITCHES,
     add_programs,
+    along_and_across,
     store_sums,
-    sums_of_row,
-    through_cell,
-    through_gates,
+    sums_of_units,
+    through_each,
+    through_norm,
 )
 from fused_lstm.kernels.persistent_tiles import (
     add_four,
@@ -62,7 +63,8 @@ def store_totals(ptrs, H: tl.constexpr, parts, inside):
         tl.store(ptrs + k * H, tl.sum(parts[k], 1), mask=inside)
 
 
-@triton.jit(do_not_specialize=["steps", "batch_size", "backwards"])  # one compilation serves every value of these
+# One compilation serves every value of these, and moments of a direction wherever they lie.
+@triton.jit(do_not_specialize=["steps", "batch_size", "backwards"], do_not_specialize_on_alignment=["moments_ptr"])
 def backward_kernel(
     d_output_ptr,  # (T, N, D, H), rows D_OUTPUT_PITCH apart; or None
     d_c_all_ptr,  # (D, T, N, H) float32, or None
@@ -91,8 +93,9 @@ def backward_kernel(
     norm_cell_bias_ptr,  # (D, H)
     product_ptr,  # (D, T, N, 4H): W_hh h, under "projections…"
     d_input_ptr,  # (D, T, N, 4H): written, of W_ih x, under "projections…"; else it is the same as of W_hh h
-    statistics_ptr,  # (D, T, N, 4, PITCH) float32
-    sums_ptr,  # (D, 2, batch tiles, ROWS, programs, PITCH) float32
+    moments_ptr,  # (D, T, N, .) float32
+    cell_sums_ptr,  # (D, batch tiles, ROWS, programs, CELL_SUMS) float32
+    gate_sums_ptr,  # (D, batch tiles, ROWS, programs, GATE_SUMS) float32
     sums_counter_ptr,  # (D, batch tiles) int32 zeros
     # written: sums over the steps (of resets, and None where not wanted); and over a batch tile's rows too
     d_reset_h_ptr,  # (D, N, H) float32
@@ -122,7 +125,8 @@ def backward_kernel(
     ZONEOUT_H: tl.constexpr,  # None, "mask" or "rate"
     ZONEOUT_C: tl.constexpr,
     LAYER_NORM: tl.constexpr,
-    PITCH: tl.constexpr,  # of the norms' sums
+    CELL_SUMS: tl.constexpr,
+    GATE_SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
     APPROX: tl.constexpr,
     HOIST: tl.constexpr,  # as in the forward
@@ -233,11 +237,16 @@ def backward_kernel(
             tl.load(norm_cell_weight_ptr + cell_parameter, mask=own, other=other).to(tl.float32),
             tl.load(norm_cell_bias_ptr + cell_parameter, mask=own, other=other).to(tl.float32),
         )
-        lane = tl.arange(0, LANES)[:, None] % PITCH
-        statistics_ptrs = statistics_ptr + (start + row[None, :]) * (4 * PITCH) + lane
-        sums_size = tl.num_programs(1) * ROWS * PROGRAMS * PITCH
+        MOMENTS: tl.constexpr = 10 if LAYER_NORM == "gates" else 6
+        lane = tl.arange(0, LANES)[:, None]
+        moments_ptrs = moments_ptr + (start + row[None, :]) * MOMENTS + lane
+        moments_inside = lane < MOMENTS
+        if MASKED:
+            moments_inside &= rows_inside
         if PROGRAMS > 1:
-            sums_ptrs = sums_ptr + direction * 2 * sums_size + row[None, :] * (PROGRAMS * PITCH) + lane
+            sums_row = (direction * padded_rows + row[None, :]) * PROGRAMS
+            cell_sums_ptrs = cell_sums_ptr + sums_row * CELL_SUMS
+            gate_sums_ptrs = gate_sums_ptr + sums_row * GATE_SUMS
             sums_counter = sums_counter_ptr + batch_tile
         nothing = tl.zeros((UNITS, ROWS), tl.float32)
         d_weight = (nothing, nothing, nothing, nothing)
@@ -265,13 +274,13 @@ def backward_kernel(
     if ZONEOUT_C == "mask":
         zoned_c = tl.load(zoneout_c_ptrs, mask=mask, other=other)
     if LAYER_NORM is not None:
-        statistics = load_gates(statistics_ptrs, PITCH, rows_inside, other)  # four parts too
+        moments = tl.load(moments_ptrs, mask=moments_inside, other=0.0)
     c_old = tl.where(reset, reset_c, c_before) if reset_ptr is not None else c_before
     if LAYER_NORM is None:
         o_by_h, c_by_h, by, c_by_c, c = recalled(i, f, g, o, c_old, c_after, peep, HIDES_C, APPROX)
     else:
         o_by_h, c_by_h, by, c_by_c, c, normal, hh_normal, normal_c, scales = recalled_through_norms(
-            (i, f, g, o), hh, c_old, statistics[3], parameters, peep, LAYER_NORM, APPROX
+            (i, f, g, o), hh, c_old, moments, parameters, peep, LAYER_NORM, APPROX
         )
     slot = 0
     for done in tl.range(0, steps, disable_licm=not HOIST):
@@ -293,29 +302,43 @@ def backward_kernel(
                 if weight_ph_ptr is not None:
                     d_shown += d_o * peep[2]
             d_normal_c = d_shown * parameters[3]
-            y = d_normal_c * scales[len(scales) - 1]
-            if LAYER_NORM != "projections_cell":
-                y += d_c
-                if weight_ph_ptr is not None:
-                    y += d_o * peep[2]
-            sums = sums_of_row(y, d_o, d_normal_c, by, normal, hh_normal, normal_c, parameters, LAYER_NORM, PITCH)
+            sums = sums_of_units((d_normal_c, d_normal_c * normal_c))
             if PROGRAMS > 1:
-                slot_ptrs = sums_ptrs + slot * sums_size
-                store_sums(slot_ptrs + tile * PITCH, sums, PITCH)
+                store_sums(cell_sums_ptrs + tile * CELL_SUMS, sums, CELL_SUMS)
                 arrive(sums_counter)
-                wait(sums_counter, PROGRAMS * (done + 1))
-                sums = add_programs(slot_ptrs, PITCH, PROGRAMS)
-            d_c, reduced = through_cell(y, sums, normal_c, statistics)
+            d_carried = d_c
+            if weight_ph_ptr is not None:
+                d_carried += d_o * peep[2]
+            if PROGRAMS > 1:
+                wait(sums_counter, PROGRAMS * (2 * done + 1))
+                sums = add_programs(cell_sums_ptrs, CELL_SUMS, PROGRAMS)
+            d_c = through_norm((d_normal_c,), sums, 0, CELL_SUMS, (normal_c,), scales[len(scales) - 1], H)[0]
+            if LAYER_NORM != "projections_cell":
+                d_c += d_carried
         if LAYER_NORM is not None or weight_ph_ptr is not None:
             d_pre = (d_c * by[0], d_c * by[1], d_c * by[2], d_h * o_by_h)  # of what goes into the activations
         if LAYER_NORM is None:
             dtype = gates_ptr.dtype.element_ty  # each is rounded at once: fewer instructions come of it
             d_i, d_f, d_g = (d_c * by[0]).to(dtype), (d_c * by[1]).to(dtype), (d_c * by[2]).to(dtype)
             d_product = (d_i, d_f, d_g, (d_h * o_by_h).to(dtype))
-        elif LAYER_NORM == "gates":
-            d_product = through_gates(d_pre, reduced, 2, normal, parameters[0], scales[:4])
         else:
-            d_product = through_gates(d_pre, reduced, 4, hh_normal, parameters[1], scales[1:2])
+            d_normal = multiply_four(d_pre, parameters[0])
+            if LAYER_NORM == "gates":
+                terms = along_and_across(d_normal[:1], normal[:1]) + along_and_across(d_normal[1:2], normal[1:2])
+                terms += along_and_across(d_normal[2:3], normal[2:3]) + along_and_across(d_normal[3:4], normal[3:4])
+            else:
+                d_hh_normal = multiply_four(d_pre, parameters[1])
+                terms = along_and_across(d_normal, normal) + along_and_across(d_hh_normal, hh_normal)
+            sums = sums_of_units(terms)
+            if PROGRAMS > 1:
+                store_sums(gate_sums_ptrs + tile * GATE_SUMS, sums, GATE_SUMS)
+                arrive(sums_counter)
+                wait(sums_counter, PROGRAMS * (2 * done + 2))
+                sums = add_programs(gate_sums_ptrs, GATE_SUMS, PROGRAMS)
+            if LAYER_NORM == "gates":
+                d_product = through_each(d_normal, sums, normal, scales, H)
+            else:
+                d_product = through_norm(d_hh_normal, sums, 2, GATE_SUMS, hh_normal, scales[1], 4 * H)
         d_c *= c_by_c
         # Halves of the exchange and of the partial sums take turns: who arrives at a step has read the last one's.
         store_gates(
@@ -329,7 +352,7 @@ def backward_kernel(
         store_gates(d_product_ptrs, H, d_product[0], d_product[1], d_product[2], d_product[3], mask)
         d_product_ptrs += rows_ahead.to(tl.int64) * (4 * H)
         if d_input_ptr is not None:
-            d_input = through_gates(d_pre, reduced, 2, normal, parameters[0], scales[:1])
+            d_input = through_norm(d_normal, sums, 0, GATE_SUMS, normal, scales[0], 4 * H)
             store_gates(d_input_ptrs, H, d_input[0], d_input[1], d_input[2], d_input[3], mask)
             d_input_ptrs += rows_ahead.to(tl.int64) * (4 * H)
             d_hh_weight = add_four(d_hh_weight, multiply_four(d_pre, hh_normal))
@@ -373,8 +396,8 @@ def backward_kernel(
             reset_ptrs += ahead
             reset_next = tl.load(reset_ptrs, mask=rows_inside, other=other) != 0
         if LAYER_NORM is not None:
-            statistics_ptrs += ahead * (4 * PITCH)
-            statistics = load_gates(statistics_ptrs, PITCH, rows_inside, other)  # four parts too
+            moments_ptrs += ahead * MOMENTS
+            moments = tl.load(moments_ptrs, mask=moments_inside, other=0.0)
         if PROGRAMS > 1:
             wait(d_gates_counter, OUTPUT_TILES * (done + 1))
         part = product(w, x_ptrs + slot * exchange_size, K_SIZES, K_STARTS, AT_ONCE, PRECISION)
@@ -386,7 +409,7 @@ def backward_kernel(
             o_by_h, c_by_h, by, c_by_c, c = recalled(i, f, g, o, c_old, c_after, peep, HIDES_C, APPROX)
         else:
             o_by_h, c_by_h, by, c_by_c, c, normal, hh_normal, normal_c, scales = recalled_through_norms(
-                (i, f, g, o), hh, c_old, statistics[3], parameters, peep, LAYER_NORM, APPROX
+                (i, f, g, o), hh, c_old, moments, parameters, peep, LAYER_NORM, APPROX
             )
         if PROGRAMS > 1:
             wait(partial_counter, SLICES * (done + 1))
@@ -505,7 +528,7 @@ def _walk(walk: Any, gradients: Any, config: PersistentConfig) -> None:
         "partial_counter_ptr": gates.new_zeros(directions, config.batch_tiles, config.tiles, dtype=torch.int32),
         "product_ptr": walk.product,
         "d_input_ptr": None if walk.product is None else gradients.d_gates,
-        "statistics_ptr": None if walk.layer_norm is None else walk_statistics(walk, options.tensors, backwards),
+        "moments_ptr": walk.moments,
         **_sums(walk, config),
         "d_reset_h_ptr": gradients.d_reset_h,
         "d_reset_c_ptr": gradients.d_reset_c,
@@ -515,7 +538,7 @@ def _walk(walk: Any, gradients: Any, config: PersistentConfig) -> None:
     constants = backward_tiling(config, hidden_size, masked) | options.constants
     constants |= {
         "D_OUTPUT_PITCH": None if gradients.d_output is None else gradients.d_output.stride(1),
-        "PITCH": PITCHES.get(walk.layer_norm),
+        **sums_tiling(walk.layer_norm),
         "PRECISION": "tf32",
         "APPROX": gates.dtype == torch.bfloat16,
     }
@@ -527,10 +550,18 @@ def _walk(walk: Any, gradients: Any, config: PersistentConfig) -> None:
         torch.sum(of_tiles[name], 1, out=total)
 
 
+def sums_tiling(layer_norm: str | None) -> dict[str, int | None]:
+    """The compile-time arguments that say how many sums a norm's gradients take."""
+    return {"CELL_SUMS": None if layer_norm is None else CELL_SUMS, "GATE_SUMS": GATE_SUMS.get(layer_norm)}
+
+
 def _sums(walk: Any, config: PersistentConfig) -> dict[str, Tensor | None]:
     """Where the programs put those of a step, and the counter that tells when they have."""
     if walk.layer_norm is None or config.programs == 1:
-        return {"sums_ptr": None, "sums_counter_ptr": None}
-    shape = (walk.c.size(0), 2, config.batch_tiles * config.rows, config.programs, PITCHES[walk.layer_norm])
-    counters = walk.c.new_zeros(walk.c.size(0), config.batch_tiles, dtype=torch.int32)
-    return {"sums_ptr": walk.c.new_empty(shape), "sums_counter_ptr": counters}
+        return {"cell_sums_ptr": None, "gate_sums_ptr": None, "sums_counter_ptr": None}
+    rows = (walk.c.size(0), config.batch_tiles * config.rows, config.programs)
+    return {
+        "cell_sums_ptr": walk.c.new_empty(*rows, CELL_SUMS),
+        "gate_sums_ptr": walk.c.new_empty(*rows, GATE_SUMS[walk.layer_norm]),
+        "sums_counter_ptr": walk.c.new_zeros(walk.c.size(0), config.batch_tiles, dtype=torch.int32),
+    }

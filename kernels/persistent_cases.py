@@ -3,25 +3,16 @@
 from collections.abc import Iterator
 from typing import Any
 
-from fused_lstm.kernels.configs import cell_config
 from fused_lstm.kernels.devices import Device
-from fused_lstm.kernels.persistent_backward import backward_kernel, backward_tiling
+from fused_lstm.kernels.persistent_backward import backward_kernel, backward_tiling, sums_tiling
 from fused_lstm.kernels.persistent_configs import Burden, DoesNotFit, PersistentConfig, persistent_config
 from fused_lstm.kernels.persistent_forward import forward_kernel, forward_tiling
 from fused_lstm.kernels.persistent_launch import compile_options, is_masked
-from fused_lstm.kernels.persistent_statistics import ROWS, statistics_kernel
-from fused_lstm.kernels.persistent_sums import PITCHES
 from fused_lstm.kernels.resources import Case
-from fused_lstm.kernels.row_statistics import row_statistics_kernel
 
 
 def persistent_cases(device: Device) -> Iterator[Case]:
     """Every kernel in every dtype that fits the device; options and further sizes in bfloat16."""
-    for hidden_size in (512, 1536):
-        yield _statistics("gates", hidden_size)
-        yield _statistics("projections", hidden_size)
-    types = {"x_ptr": "*bf16", "*": "*fp32"}
-    yield Case("row statistics, bf16, 2048", row_statistics_kernel, {"SIZE": 2048, "BLOCK": 2048}, types, 4)
     yield from filter(None, _walks(device))
 
 
@@ -63,10 +54,9 @@ def _with_all(kinds: dict[str, dict]) -> dict[str, dict]:
     return kinds | {_ALL: together} | {f"{norm}, {_ALL}": kinds[norm] | together for norm in _LAYER_NORMS}
 
 
-_NORM_POINTERS = ("norm_weight_ptr", "norm_bias_ptr", "norm_cell_weight_ptr", "norm_cell_bias_ptr", "statistics_ptr")
-_NORMS = dict.fromkeys(_NORM_POINTERS, "*fp32")
-_PROJECTIONS = dict.fromkeys(("norm_hh_weight_ptr", "input_mean_ptr", "input_scale_ptr"), "*fp32")
-_PROJECTIONS |= {"product_ptr": None}
+_NORM_POINTERS = ("norm_weight_ptr", "norm_bias_ptr", "norm_cell_weight_ptr", "norm_cell_bias_ptr", "moments_ptr")
+_NORMS = dict.fromkeys((*_NORM_POINTERS, "statistics_ptr"), "*fp32")
+_PROJECTIONS = {"norm_hh_weight_ptr": "*fp32", "product_ptr": None}
 # Pointers that an option of the forward kernel has and the plain one has not, by their types; None: the layer's own.
 _FORWARD_OPTIONS = _with_all(
     {
@@ -82,7 +72,7 @@ _FORWARD_OPTIONS = _with_all(
 )
 # Likewise of the backward kernel.
 _BACK_NORM_POINTERS = (
-    *(*_NORM_POINTERS, "sums_ptr"),
+    *(*_NORM_POINTERS, "cell_sums_ptr", "gate_sums_ptr"),
     *("d_norm_weight_ptr", "d_norm_bias_ptr", "d_norm_cell_weight_ptr", "d_norm_cell_bias_ptr"),
 )
 _BACK_NORMS = dict.fromkeys(_BACK_NORM_POINTERS, "*fp32") | {"sums_counter_ptr": "*i32"}
@@ -136,7 +126,7 @@ def backward_case(
         return None
     masked = is_masked(config, hidden_size, batch_size)
     constants = backward_tiling(config, hidden_size, masked) | _constants(dtype, option, _BACKWARD_OPTIONS, directions)
-    constants |= {"D_OUTPUT_PITCH": directions * hidden_size, "PITCH": PITCHES.get(layer_norm)}
+    constants |= {"D_OUTPUT_PITCH": directions * hidden_size, **sums_tiling(layer_norm)}
     types = _pointer_types(dtype, _BACKWARD_OPTIONS, "c_ptr", "d_h_ptr", "d_c_ptr", "partial_ptr")
     types |= {"d_gates_counter_ptr": "*i32", "partial_counter_ptr": "*i32"}
     variant = _variant(option, directions, masked)
@@ -178,20 +168,3 @@ def _pointer_types(dtype: str, kinds: dict[str, dict], *states: str) -> dict[str
 
 def _variant(option: str, directions: int, masked: bool) -> str:
     return ", ragged" * masked + ", both directions" * (directions == 2) + (option and f", {option}")
-
-
-def _statistics(layer_norm: str, hidden_size: int) -> Case:
-    config = cell_config(layer_norm, hidden_size)
-    constants = {
-        "H": hidden_size,
-        "PITCH": PITCHES[layer_norm],
-        "ROWS": ROWS,
-        "BLOCK": config.block,
-        "LAYER_NORM": layer_norm,
-        "APPROX": True,
-    }
-    options = ("weight_ph_ptr", "reset_ptr", "reset_c_ptr")
-    constants |= dict.fromkeys(options if layer_norm != "gates" else (*options, "product_ptr", "norm_hh_weight_ptr"))
-    types = {"*": "*fp32", "gates_ptr": "*bf16", "product_ptr": "*bf16"}
-    name = f"statistics before the way back, bf16, H {hidden_size}, {layer_norm}"
-    return Case(name, statistics_kernel, constants, types, config.num_warps)

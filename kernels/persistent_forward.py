@@ -34,11 +34,11 @@ from fused_lstm.kernels.persistent_tiles import (
     split_gates,
     store_gates,
 )
-from fused_lstm.kernels.row_statistics import row_statistics
 from fused_lstm.kernels.synchronization import arrive, wait
 
 
-@triton.jit(do_not_specialize=["steps", "batch_size", "backwards"])  # one compilation serves every value of these
+# One compilation serves every value of these, and moments of a direction wherever they lie.
+@triton.jit(do_not_specialize=["steps", "batch_size", "backwards"], do_not_specialize_on_alignment=["moments_ptr"])
 def forward_kernel(
     gates_ptr,  # (D, T, N, 4H): the input product; on return, if SAVE, what Walk says
     weight_ptr,  # (4H, H): of the first direction
@@ -63,9 +63,8 @@ def forward_kernel(
     norm_bias_ptr,  # (D, 4H)
     norm_cell_weight_ptr,  # (D, H)
     norm_cell_bias_ptr,  # (D, H)
-    input_mean_ptr,  # (D, T, N) float32: of the input product, under "projections..."
-    input_scale_ptr,  # (D, T, N) float32: 1 / its deviation
     product_ptr,  # (D, T, N, 4H): W_hh h under "projections...", written
+    moments_ptr,  # (D, T, N, .) float32: written, if SAVE
     statistics_ptr,  # (D, batch tiles, moments, ROWS, programs) float32 zeros, where there are several programs
     steps,
     batch_size,
@@ -176,21 +175,22 @@ def forward_kernel(
             bias_i, bias_f, bias_g, bias_o = load_four(norm_bias_ptr + vector, H, inside, 0.0)
         if PROJECTIONS:
             hh_weight_i, hh_weight_f, hh_weight_g, hh_weight_o = load_four(norm_hh_weight_ptr + vector, H, inside, 0.0)
-            input_offset = start + row[None, :]
-            input_mean = tl.load(input_mean_ptr + input_offset, mask=row_inside, other=0.0)
-            input_scale = tl.load(input_scale_ptr + input_offset, mask=row_inside, other=0.0)
             if SAVE:
                 product_ptrs = product_ptr + start * (4 * H) + row[None, :] * (4 * H) + unit[:, None]
         cell_vector = direction * H + unit[:, None]
         cell_weight = tl.load(norm_cell_weight_ptr + cell_vector, mask=inside, other=0.0).to(tl.float32)
         cell_bias = tl.load(norm_cell_bias_ptr + cell_vector, mask=inside, other=0.0).to(tl.float32)
+        place = tl.arange(0, UNITS)[:, None]
+        if SAVE:
+            MOMENTS: tl.constexpr = 6 if PROJECTIONS else 10
+            moments_ptrs = moments_ptr + (start + row[None, :]) * MOMENTS + place
+            moments_mask = (place < MOMENTS) & (tile == 0) & (row < batch_size)[None, :]
     if LAYER_NORM is not None and PROGRAMS > 1:
         # One buffer serves all steps: who writes a step's moments has waited for the last one's h, and all programs had
         # read the last one's moments before they arrived at that.
-        GATE_MOMENTS: tl.constexpr = 2 if PROJECTIONS else 8
+        GATE_MOMENTS: tl.constexpr = 4 if PROJECTIONS else 8
         CHUNKS: tl.constexpr = (PROGRAMS + UNITS - 1) // UNITS
         SIZE: tl.constexpr = ROWS * CHUNKS * UNITS  # of one moment of all programs
-        place = tl.arange(0, UNITS)[:, None]
         mine = place == tile % UNITS
         pair = direction * tl.num_programs(1) + batch_tile
         gate_moments = statistics_ptr + pair * (GATE_MOMENTS + 2) * SIZE
@@ -208,6 +208,8 @@ def forward_kernel(
 
     c = tl.load(c_ptrs, mask=mask, other=other)
     i_in, f_in, g_in, o_in = load_gates(gate_ptrs, H, mask, other)
+    if PROJECTIONS:
+        input_mean, input_squares = moments_together(i_in, f_in, g_in, o_in, own, share)
     slot = 0  # of the two halves of the exchange, the one that this step reads
     for step in tl.range(0, steps, disable_licm=not HOIST):
         gates = product(w, x_ptrs + slot * exchange_size, K_SIZES, K_STARTS, AT_ONCE, PRECISION)
@@ -245,25 +247,30 @@ def forward_kernel(
             f = (f - f_mean) * f_scale * weight_f + bias_f
             g = (g - g_mean) * g_scale * weight_g + bias_g
             o = (o - o_mean) * o_scale * weight_o + bias_o
+            kept = (i_mean, f_mean, g_mean, o_mean, i_scale, f_scale, g_scale, o_scale)
         if PROJECTIONS:
             mean, squares = moments_together(i, f, g, o, own, share)
             if PROGRAMS > 1:
                 store_moments(my_gate_moments, mine, mean, squares, SIZE)
+                store_moments(my_gate_moments + 2 * SIZE, mine, input_mean, input_squares, SIZE)
                 arrive(counter)
             if SAVE:
                 store_gates(product_ptrs, H, i, f, g, o, mask)
                 product_ptrs += 4 * step_size
+            if PROGRAMS > 1:
+                wait(counter, (WAITS * step + 1) * PROGRAMS)
+                mean, scale = join_moments(gate_moments, shares, UNITS, SIZE, 4 * H)
+                input_mean, input_scale = join_moments(gate_moments + 2 * SIZE, shares, UNITS, SIZE, 4 * H)
+            else:
+                scale = tl.rsqrt(squares / (4 * H) + EPS)
+                input_scale = tl.rsqrt(input_squares / (4 * H) + EPS)
             i_in = (i_in - input_mean) * input_scale * weight_i
             f_in = (f_in - input_mean) * input_scale * weight_f
             g_in = (g_in - input_mean) * input_scale * weight_g
             o_in = (o_in - input_mean) * input_scale * weight_o
             if norm_bias_ptr is not None:
                 i_in, f_in, g_in, o_in = i_in + bias_i, f_in + bias_f, g_in + bias_g, o_in + bias_o
-            if PROGRAMS > 1:
-                wait(counter, (WAITS * step + 1) * PROGRAMS)
-                mean, scale = join_moments(gate_moments, shares, UNITS, SIZE, 4 * H)
-            else:
-                scale = tl.rsqrt(squares / (4 * H) + EPS)
+            kept = (input_mean, mean, input_scale, scale)
             i = (i - mean) * scale * hh_weight_i + i_in
             f = (f - mean) * scale * hh_weight_f + f_in
             g = (g - mean) * scale * hh_weight_g + g_in
@@ -288,6 +295,7 @@ def forward_kernel(
             else:
                 scale = tl.rsqrt(squares / H + EPS)
             shown = (c_new - mean) * scale * cell_weight + cell_bias
+            kept = kept + (mean, scale)  # noqa: RUF005
         if LAYER_NORM == "projections_cell":
             c_new = shown
         if weight_ph_ptr is not None:
@@ -330,6 +338,12 @@ def forward_kernel(
             tl.store(c_ptrs, c, mask=mask)
             if LAYER_NORM is None:
                 store_gates(gate_ptrs, H, i, f, g, o, mask)
+            else:
+                of_rows = tl.zeros((UNITS, ROWS), tl.float32)
+                for k in tl.static_range(MOMENTS):
+                    of_rows = tl.where(place == k, kept[k], of_rows)
+                tl.store(moments_ptrs, of_rows, mask=moments_mask)
+                moments_ptrs += ahead.to(tl.int64) * MOMENTS
         # what the next step needs; after the last one its own once more, for nothing
         gate_ptrs += tl.where(step + 1 < steps, 4 * step_size, 0)
         i_in, f_in, g_in, o_in = load_gates(gate_ptrs, H, mask, other)
@@ -344,9 +358,7 @@ def forward_kernel(
             reset_ptrs += tl.where(step + 2 < steps, ahead, 0)
             reset_next = tl.load(reset_ptrs, mask=row_inside, other=0) != 0
         if PROJECTIONS:
-            input_offset += tl.where(step + 1 < steps, ahead, 0)
-            input_mean = tl.load(input_mean_ptr + input_offset, mask=row_inside, other=0.0)
-            input_scale = tl.load(input_scale_ptr + input_offset, mask=row_inside, other=0.0)
+            input_mean, input_squares = moments_together(i_in, f_in, g_in, o_in, own, share)
         if PROGRAMS > 1 and step + 1 < steps:
             wait(counter, WAITS * (step + 1) * PROGRAMS)
     if not SAVE:
@@ -402,7 +414,8 @@ def _walk(walk: Any, config: PersistentConfig) -> None:
         "h0_ptr": None if conditions.zoneout_h is None else walk.h0,
         "entered_ptr": walk.entered if walk.save else None,
         "product_ptr": walk.product if walk.save else None,
-        **_statistics(walk, config),
+        "moments_ptr": walk.moments,
+        "statistics_ptr": _statistics(walk, config),
     }
     backwards = sum(reverse << d for d, reverse in enumerate(walk.reverse))
     masked = persistent_launch.is_masked(config, hidden_size, batch_size)
@@ -419,14 +432,11 @@ def _walk(walk: Any, config: PersistentConfig) -> None:
     )
 
 
-def _statistics(walk: Any, config: PersistentConfig) -> dict[str, Tensor | None]:
-    """Those of the input product, where its norm is its own; and where the programs put those of a step."""
-    gates, layer_norm = walk.gates, walk.layer_norm
-    mean = scale = statistics = None
-    if layer_norm is not None and layer_norm != "gates":
-        mean, scale = row_statistics(gates)
-    if layer_norm is not None and config.programs > 1:
-        places = -(-config.programs // config.units) * config.units
-        shape = (gates.size(0), config.batch_tiles, 10 if layer_norm == "gates" else 4, config.rows, places)
-        statistics = gates.new_zeros(shape, dtype=torch.float32)
-    return {"input_mean_ptr": mean, "input_scale_ptr": scale, "statistics_ptr": statistics}
+def _statistics(walk: Any, config: PersistentConfig) -> Tensor | None:
+    """Where the programs put those of a step."""
+    if walk.layer_norm is None or config.programs == 1:
+        return None
+    places = -(-config.programs // config.units) * config.units
+    count = 10 if walk.layer_norm == "gates" else 6
+    shape = (walk.gates.size(0), config.batch_tiles, count, config.rows, places)
+    return walk.gates.new_zeros(shape, dtype=torch.float32)

@@ -26,6 +26,7 @@ def moments(x, own, share):
 @triton.jit
 def moments_together(i, f, g, o, own, share):
     """Likewise over all four gates of the units."""
+    i, f, g, o = i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32)
     mean = sum_units((i + f) + (g + o), own) * (share / 4)
     i, f, g, o = i - mean, f - mean, g - mean, o - mean
     return mean, sum_units((i * i + f * f) + (g * g + o * o), own)

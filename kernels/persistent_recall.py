@@ -77,7 +77,7 @@ def recalled_through_norms(
     x,  # four gates: their sums before the norm, or W_ih x
     hh,  # four gates: W_hh h, or None
     c_before,
-    moments,  # [LANES, ROWS]
+    moments,  # [LANES, ROWS], in the order of `fused_lstm.recurrence.Walk`
     parameters,  # weight, hh_weight (if there is one), bias: of four gates; cell_weight, cell_bias
     peep,
     LAYER_NORM: tl.constexpr,
@@ -92,8 +92,8 @@ def recalled_through_norms(
         normal = normalized(x, means, scales)
         hh_normal = normal  # there is none, and nobody asks
     else:
-        means = (pick(moments, 0), pick(moments, 2))
-        scales = (pick(moments, 1), pick(moments, 3), pick(moments, 5))
+        means = (pick(moments, 0), pick(moments, 1))
+        scales = (pick(moments, 2), pick(moments, 3), pick(moments, 5))
         c_mean = pick(moments, 4)
         normal = normalized(x, means[:1], scales[:1])
         hh_normal = normalized(hh, means[1:], scales[1:2])

@@ -42,7 +42,8 @@ def compile_case(case: Case, capability: int) -> Any:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             signature[name] = case.pointer_types.get(name, case.pointer_types["*"])
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            if not case.kernel.params[index].do_not_specialize_on_alignment:
+                attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = case.kernel.params[index].annotation_type or "i32"
             if name in ("hidden_size", "output_size"):

@@ -188,11 +188,11 @@ def cell_backward_kernel(
         i_weight, f_weight, g_weight, o_weight = load_four(parameters, mask, hidden_size, dtype)
         i_bias, f_bias, g_bias, o_bias = load_four(parameters + BIAS * hidden_size, mask, hidden_size, dtype)
         if LAYER_NORM == "gates":
-            n_i, n_f, n_g, n_o, i_scale, f_scale, g_scale, o_scale = normalize_each(i, f, g, o, mask, share)
+            n_i, n_f, n_g, n_o, _, scales = normalize_each(i, f, g, o, mask, share)
         else:
             i_h, f_h, g_h, o_h = load_four(product_ptr + gates, mask, hidden_size, dtype)
             i_hh, f_hh, g_hh, o_hh = load_four(parameters + HH_WEIGHT * hidden_size, mask, hidden_size, dtype)
-            n_i, n_f, n_g, n_o, i_h, f_h, g_h, o_h, scale, h_scale = normalize_both(
+            n_i, n_f, n_g, n_o, i_h, f_h, g_h, o_h, _, scales = normalize_both(
                 i, f, g, o, i_h, f_h, g_h, o_h, mask, share
             )
             i_bias, f_bias = i_bias + i_h * i_hh, f_bias + f_h * f_hh
@@ -202,7 +202,7 @@ def cell_backward_kernel(
             i, f = i + i_peephole * c_old, f + f_peephole * c_old
         i, f, g = sigmoid(i), sigmoid(f), tanh(g)
         c = f * c_old + i * g
-        n_c, c_scale = normalize(c, mask, share)
+        n_c, _, c_scale = normalize(c, mask, share)
         shown = n_c * cell_weight + cell_bias
         if LAYER_NORM == "projections_cell":
             c = shown
@@ -243,13 +243,13 @@ def cell_backward_kernel(
         if LAYER_NORM == "gates":
             x_i, x_f, x_g, x_o = normalize_each_backward(
                 d_i * i_weight, d_f * f_weight, d_g * g_weight, d_o * o_weight,
-                n_i, n_f, n_g, n_o, i_scale, f_scale, g_scale, o_scale, share,
+                n_i, n_f, n_g, n_o, scales[0], scales[1], scales[2], scales[3], share,
             )  # fmt: skip
         else:
             x_i, x_f, x_g, x_o, y_i, y_f, y_g, y_o = normalize_both_backward(
                 d_i * i_weight, d_f * f_weight, d_g * g_weight, d_o * o_weight,
                 d_i * i_hh, d_f * f_hh, d_g * g_hh, d_o * o_hh,
-                n_i, n_f, n_g, n_o, i_h, f_h, g_h, o_h, scale, h_scale, share,
+                n_i, n_f, n_g, n_o, i_h, f_h, g_h, o_h, scales[0], scales[1], share,
             )  # fmt: skip
             store_four(d_product_ptr + gates, y_i, y_f, y_g, y_o, mask, hidden_size)
         store_four(d_gate_ptrs, x_i, x_f, x_g, x_o, mask, hidden_size)

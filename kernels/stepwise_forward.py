@@ -84,10 +84,20 @@ def _hand_on(
         tl.store(entered_ptr + there, entered, mask=mask & goes_on)
 
 
+@triton.jit
+def _store_moments(ptr, row, moments):
+    place = tl.arange(0, 16)
+    row_of_them = tl.zeros((16,), ptr.dtype.element_ty)
+    for k in tl.static_range(len(moments)):
+        row_of_them = tl.where(place == k, moments[k], row_of_them)
+    tl.store(ptr + row * len(moments) + place, row_of_them, mask=place < len(moments))
+
+
 _RUNTIME = ["step", "step_after", "c_from", "c_to", "h_to", "batch_size", "h_step_stride", "h_row_stride"]
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+# A direction's moments may lie anywhere: on their alignment no other code should depend.
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=["moments_ptr"])
 def cell_forward_kernel(
     gates_ptr,  # (T, N, 4H): before the activations; without a norm, after them on return, if SAVE
     product_ptr,  # (T, N, 4H), or (1, N, 4H) unless SAVE: W_hh h, under "projections…"; else None
@@ -95,6 +105,7 @@ def cell_forward_kernel(
     h_ptr,  # (., N, H), rows may lie apart: written at h_to
     h_old_ptr,  # (N, H): the h that entered this step; the one that enters the next on return; or None
     entered_ptr,  # (T, N, H), or (1, N, H) unless SAVE: written at step_after, what W_hh is to multiply; or None
+    moments_ptr,  # (T, N, .), dtype of c: written, as `fused_lstm.recurrence.Walk` tells; or None
     reset_ptr,  # (T, N), 0 or 1; or None
     reset_h_ptr,  # (N, H)
     reset_c_ptr,  # (N, H), dtype of c
@@ -145,12 +156,14 @@ def cell_forward_kernel(
             i_weight, f_weight, g_weight, o_weight = load_four(parameter_ptrs, mask, hidden_size, dtype)
             i_bias, f_bias, g_bias, o_bias = load_four(parameter_ptrs + BIAS * hidden_size, mask, hidden_size, dtype)
             if LAYER_NORM == "gates":
-                i, f, g, o, _, _, _, _ = normalize_each(i, f, g, o, mask, share)
+                i, f, g, o, means, scales = normalize_each(i, f, g, o, mask, share)
             else:
                 product_ptrs = product_ptr + (step_row if SAVE else row) * 4 * hidden_size + unit
                 i_h, f_h, g_h, o_h = load_four(product_ptrs, mask, hidden_size, dtype)
                 i_hh, f_hh, g_hh, o_hh = load_four(parameter_ptrs + HH_WEIGHT * hidden_size, mask, hidden_size, dtype)
-                i, f, g, o, i_h, f_h, g_h, o_h, _, _ = normalize_both(i, f, g, o, i_h, f_h, g_h, o_h, mask, share)
+                i, f, g, o, i_h, f_h, g_h, o_h, means, scales = normalize_both(
+                    i, f, g, o, i_h, f_h, g_h, o_h, mask, share
+                )
                 i_bias, f_bias = i_bias + i_h * i_hh, f_bias + f_h * f_hh
                 g_bias, o_bias = g_bias + g_h * g_hh, o_bias + o_h * o_hh
             i, f, g, o = i * i_weight + i_bias, f * f_weight + f_bias, g * g_weight + g_bias, o * o_weight + o_bias
@@ -158,11 +171,14 @@ def cell_forward_kernel(
             i, f = i + i_peephole * c_old, f + f_peephole * c_old
         i, f, g = sigmoid(i), sigmoid(f), tanh(g)
     c = f * c_old + i * g
-    if LAYER_NORM == "projections_cell":
-        c = normalize(c, mask, share)[0] * cell_weight + cell_bias
     shown = c
-    if LAYER_NORM == "gates" or LAYER_NORM == "projections":
-        shown = normalize(c, mask, share)[0] * cell_weight + cell_bias
+    if LAYER_NORM is not None:
+        shown, c_mean, c_scale = normalize(c, mask, share)
+        shown = shown * cell_weight + cell_bias
+        if moments_ptr is not None:
+            _store_moments(moments_ptr, step_row, means + scales + (c_mean, c_scale))
+    if LAYER_NORM == "projections_cell":
+        c = shown
     if PEEPHOLE is not None:
         o += o_peephole * c
     if LAYER_NORM is not None or PEEPHOLE is not None:
@@ -267,6 +283,7 @@ def _launchers(walk: Any) -> tuple[Launch, Launch | None, Tensor | None]:
     of_cell = {
         "gates_ptr": walk.gates,
         "product_ptr": walk.product,
+        "moments_ptr": walk.moments,
         "c_ptr": walk.c,
         "reset_c_ptr": conditions.reset_c,
         "zoneout_c_ptr": conditions.zoneout_c,

@@ -23,7 +23,8 @@ def one_direction(walk: Any, d: int) -> Any:
     """
     conditions = walk.conditions[d]
     reset_c = None if conditions.reset_c is None else conditions.reset_c.to(walk.c.dtype)
-    buffers = {"gates": walk.gates, "product": walk.product, "entered": walk.entered, "c": walk.c, "h0": walk.h0}
+    buffers = {"gates": walk.gates, "product": walk.product, "entered": walk.entered, "moments": walk.moments}
+    buffers |= {"c": walk.c, "h0": walk.h0}
     return walk._replace(
         **{name: None if buffer is None else buffer[d] for name, buffer in buffers.items()},
         output=walk.output[:, :, d],

@@ -110,7 +110,7 @@ def needs_of(forward, wanted=None) -> list[bool]:
 
 
 def backward_arguments(forward, there=(True, True, True), wanted=None) -> dict:
-    output, h_n, c_n, c_all, gates, product, entered, c = _ops.layer_forward(**forward)
+    output, h_n, c_n, c_all, *saved = _ops.layer_forward(**forward)
     d_results = [
         torch.ones_like(r).masked_fill(past_ends(forward, r), 0) if given else None
         for r, given in zip((output, h_n, c_n, c_all), (*there, forward["states"]), strict=True)
@@ -119,7 +119,7 @@ def backward_arguments(forward, there=(True, True, True), wanted=None) -> dict:
     return {
         **dict(zip(("d_output", "d_h_n", "d_c_n", "d_c_all"), d_results, strict=True)),
         **{name: value for name, value in forward.items() if name not in unused},
-        **dict(zip(("output", "gates", "product", "entered", "c"), (output, gates, product, entered, c), strict=True)),
+        **dict(zip(("output", "gates", "product", "entered", "moments", "c"), (output, *saved), strict=True)),
         "needs": needs_of(forward, wanted),
     }
 
@@ -211,13 +211,30 @@ def test_only_wanted_gradients(wanted, layer_norm, backend, device):
 def test_what_is_saved(dtype, backend, device):
     """The gates in the input's dtype, c in float32 or better; nothing where nobody asks for it."""
     arguments = forward_arguments(device, backend, dtype=dtype)
-    output, h_n, c_n, c_all, gates, product, entered, c = _ops.layer_forward(**arguments)
+    output, h_n, c_n, c_all, gates, product, entered, moments, c = _ops.layer_forward(**arguments)
     assert {t.dtype for t in (output, h_n, c_n, gates)} == {dtype}
     assert c.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert gates.shape == (1, STEPS, ROWS, 4 * HIDDEN)
     assert c.shape == (1, STEPS + 1, ROWS, HIDDEN)
-    assert [t.numel() for t in (c_all, product, entered)] == [0, 0, 0]
-    assert [t.numel() for t in _ops.layer_forward(**{**arguments, "save": False})[3:]] == [0] * 5
+    assert [t.numel() for t in (c_all, product, entered, moments)] == [0, 0, 0, 0]
+    assert [t.numel() for t in _ops.layer_forward(**{**arguments, "save": False})[3:]] == [0] * 6
+
+
+@BACKENDS
+@pytest.mark.parametrize(("layer_norm", "count"), [("gates", 10), ("projections", 6), ("projections_cell", 6)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_moments_of_norms_are_saved(recompute, layer_norm, count, backend, device):
+    """Also where gates are computed again: of the input product, of the sums, and of c, by the definition."""
+    arguments = forward_arguments(device, backend, layer_norm=layer_norm, recompute=recompute)
+    moments = _ops.layer_forward(**arguments)[7]
+    assert moments.shape == (1, STEPS, ROWS, count)
+    gates, product, c = (_ops.layer_forward(**{**arguments, "recompute": False})[i] for i in (4, 5, 8))
+    normed = gates.unflatten(3, (4, HIDDEN)) if layer_norm == "gates" else torch.stack((gates, product), 3)
+    scale = (normed.var(4, correction=0) + 1e-5).rsqrt()
+    assert_same_float64(moments[..., : count - 2], torch.cat((normed.mean(4), scale), 3))
+    if layer_norm != "projections_cell":  # which hands on the c that its norm made
+        assert_same_float64(moments[..., -2], c[:, 1:].mean(3))
+        assert_same_float64(moments[..., -1], (c[:, 1:].var(3, correction=0) + 1e-5).rsqrt())
 
 
 def saved_bytes(layer) -> int:

@@ -71,7 +71,7 @@ def test_directions_that_do_not_fit_together_walk_one_after_the_other(grids, dev
 @pytest.mark.parametrize("reverse", [(True,), (False, True)], ids=str)
 def test_options_match_the_reference(reverse, variant, grids, device):
     check(walks.make_inputs(4, 18, 40, variant, reverse=reverse, device=device))
-    assert grids == [(1, 2, len(reverse))]
+    assert grids == [(4, 2, len(reverse))]  # where the plain cell is one program
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,6 @@ def run(backend, inputs: Inputs) -> dict[str, Tensor]:
     backend.recurrence_forward(walk)
     gradients = gradients_of(walk, inputs)
     backend.recurrence_backward(walk, gradients)
-    forward = {name: getattr(walk, name) for name in ("gates", "product", "output", "entered", "c")}
+    forward = {name: getattr(walk, name) for name in ("gates", "product", "output", "entered", "moments", "c")}
     filled = {name: buffer for name, buffer in gradients._asdict().items() if name not in ("d_output", "d_c_all")}
     return {name: buffer.clone() for name, buffer in {**forward, **filled}.items() if buffer is not None}
