@@ -50,8 +50,8 @@ class LSTM(torch.nn.LSTM):
             and direction: N elements for each of h (Gal & Ghahramani 2016)
         weight_dropout: the probability that an element of W_hh is zero, drawn once a forward: one more W_hh (AWD-LSTM)
         locked_dropout: `dropout` between layers draws one mask a sequence: N elements for each of h (AWD-LSTM)
-        recompute: keep h and c only for the backward, which computes the gates again, for all steps in one product:
-            6 bytes per step, row and unit in a 2-byte dtype instead of 14
+        recompute: keep h and c only for the backward (and of norms the moments of each row), which computes the gates
+            again, for all steps in one product: 6 bytes per step, row and unit in a 2-byte dtype instead of 14
         backend: "auto", which also listens to the environment variable FUSED_LSTM_BACKEND, or one of
             `fused_lstm.BACKENDS`
 

@@ -7,6 +7,7 @@ is in torch's own order. Each step it writes its h into an exchange buffer that 
 A layer norm needs the statistics of a row over all programs: each writes the mean of its own units and the sum of their
 squared deviations, waits for the others, and joins all in the same order as they do. So a step with norms waits three
 times: for the gates' statistics, for the cell's, and for h. Who waits is who arrives, so that one counter serves all.
+Means and deviations are kept for the way back.
 
 What changes the h that enters a product (resets, recurrent masks) is done by the one program that writes it, not by the
 many that read it. An option that a layer has not is a pointer that is None, and costs nothing.
