@@ -17,6 +17,7 @@ from pathlib import Path
 
 import triton
 
+from fused_lstm.kernels.devices import KNOWN_DEVICES
 from fused_lstm.kernels.interpretation import INTERPRETED
 from fused_lstm.kernels.resource_cases import DEVICES, cases
 from fused_lstm.kernels.resources import Case, allocations_in_loop, compile_case, count
@@ -44,12 +45,15 @@ def _measure(capability: int, case: Case) -> tuple[dict[str, int], list[str]]:
     compiled = compile_case(case, capability)
     numbers = count(case, compiled)
     wrong = [f"spills {numbers['spilled']} bytes"] if numbers["spilled"] else []
+    limit = KNOWN_DEVICES[DEVICES[capability]].shared_memory
+    if numbers["shared"] > limit:
+        wrong.append(f"takes {numbers['shared']} bytes of shared memory, where a block has {limit}")
     if case.loops:
         rows = case.constants["ROWS"]
         copied = [shape for shape in allocations_in_loop(compiled) if int(shape.split("x")[-1]) != rows]
         wrong += [f"copies {shape} into shared memory in each step" for shape in copied]
         if not numbers["products"]:
-            wrong.append("multiplies without the matrix units")
+            wrong.append("multiplies without the target's matrix instruction")
     return numbers, wrong
 
 

@@ -112,7 +112,8 @@ def forward_case(
     types = _pointer_types(dtype, _FORWARD_OPTIONS, "c_ptr") | {"counter_ptr": "*i32"}
     variant = ", inference" * (not save) + _variant(option, directions, masked)
     name = f"persistent forward, {dtype}, H {hidden_size}, {config.rows} rows{variant}"
-    return Case(name, forward_kernel, constants, types, config.num_warps, loops=True, options=compile_options(device))
+    options = compile_options(device, _layer_norm(option))
+    return Case(name, forward_kernel, constants, types, config.num_warps, loops=True, options=options)
 
 
 def backward_case(
@@ -131,7 +132,8 @@ def backward_case(
     types |= {"d_gates_counter_ptr": "*i32", "partial_counter_ptr": "*i32"}
     variant = _variant(option, directions, masked)
     name = f"persistent backward, {dtype}, H {hidden_size}, {config.rows} rows{variant}"
-    return Case(name, backward_kernel, constants, types, config.num_warps, loops=True, options=compile_options(device))
+    options = compile_options(device, layer_norm)
+    return Case(name, backward_kernel, constants, types, config.num_warps, loops=True, options=options)
 
 
 def _config(device: Device, dtype: str, hidden_size: int, batch_size: int, burden: Burden) -> PersistentConfig | None:

@@ -18,12 +18,12 @@ _CAN_KEEP_LOOPS = "disable_licm" in inspect.signature(tl.range).parameters
 INTERPRETER = Device("Triton's interpreter", 90, 1_000_000, 232_448)
 
 
-def compile_options(device: Device) -> dict[str, int]:
+def compile_options(device: Device, layer_norm: str | None) -> dict[str, int]:
     """What the compiler is told of a persistent kernel beside its warps."""
     options = {"num_stages": 1}
-    if device.capability == 100:
-        # All registers: a program has its multiprocessor to itself. Left alone, the assembler of sm_100 saves some for
-        # a second program, and spills for it; told so, that of the others spills where it had not.
+    if device.capability == 100 or layer_norm is not None:
+        # All registers: a program has its multiprocessor to itself. Left alone, the assembler saves some of these for a
+        # second program, and spills for it; told so of the others, it spills in some large ones where it had not.
         options["maxnreg"] = 255
     return options
 
@@ -110,5 +110,5 @@ def launch(
         **constants,
         num_warps=config.num_warps,
         launch_cooperative_grid=True,
-        **compile_options(device),
+        **compile_options(device, constants["LAYER_NORM"]),
     )

@@ -13,7 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_MATRIX_OPCODES = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA")
+# What multiplies tiles, where it is not mma.sync: wgmma, tcgen05.
+_MATRIX_OPCODES = {90: ("HGMMA",), 100: ("UTCHMMA", "UTCQMMA", "UTCOMMA")}
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def compile_case(case: Case, capability: int) -> Any:
 
 def count(case: Case, compiled: Any) -> dict[str, int]:
     """Registers a thread, bytes spilled, bytes of shared memory; and what one warp issues, from the kernel's start to
-    its end or in one turn of its time loop."""
+    its end or in one turn of its time loop. products: of tiles, by the target's own instruction."""
     usage = _tool(compiled, "cuobjdump", "--dump-resource-usage")
     code = _time_loop if case.loops else _whole
     opcodes = collections.Counter(code(_tool(compiled, "nvdisasm", "-c")))
@@ -68,7 +69,7 @@ def count(case: Case, compiled: Any) -> dict[str, int]:
         "loads": opcodes["LDG"],
         "stores": opcodes["STG"],
         "special": opcodes["MUFU"],
-        "products": sum(opcodes[name] for name in _MATRIX_OPCODES),
+        "products": sum(opcodes[name] for name in _MATRIX_OPCODES.get(compiled.metadata.target.arch, ("HMMA",))),
     }
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 from fused_lstm.kernels import budgets, resources
 
@@ -69,6 +70,35 @@ def test_a_worse_number_a_new_kernel_and_a_lost_one_are_told():
         "lost: a budget for no kernel",
     ]
     assert budgets.compare({"a": kept["a"]}, {"a": kept["a"]}) == []
+
+
+def test_what_no_budget_allows_is_told(monkeypatch):
+    numbers = {"spilled": 8, "shared": 166_913, "products": 0}
+    monkeypatch.setattr(budgets, "compile_case", lambda *_: None)
+    monkeypatch.setattr(budgets, "count", lambda *_: numbers)
+    monkeypatch.setattr(budgets, "allocations_in_loop", lambda _: ["64x512", "512x16"])
+    case = resources.Case("walk", None, {"ROWS": 16}, {}, 8, loops=True)
+    assert budgets._measure(80, case)[1] == [
+        "spills 8 bytes",
+        "takes 166913 bytes of shared memory, where a block has 166912",
+        "copies 64x512 into shared memory in each step",
+        "multiplies without the target's matrix instruction",
+    ]
+    numbers.update(spilled=0, shared=166_912, products=1)
+    monkeypatch.setattr(budgets, "allocations_in_loop", lambda _: ["512x16"])
+    assert budgets._measure(80, case)[1] == []
+
+
+def test_products_are_the_targets_own(monkeypatch):
+    code = "\n".join(
+        f"  /*00{i}0*/  {name} R0, R1 ;" for i, name in enumerate(("HMMA.1", "HGMMA.2", "HGMMA.3", "UTCHMMA"))
+    )
+    monkeypatch.setattr(resources, "_tool", lambda _compiled, tool, *_: code if tool == "nvdisasm" else "REG:8 STACK:0")
+    case = resources.Case("product", None, {}, {}, 8)
+    for capability, products in ((80, 1), (90, 2), (100, 1), (120, 1)):
+        target = SimpleNamespace(arch=capability)
+        compiled = SimpleNamespace(metadata=SimpleNamespace(shared=0, target=target))
+        assert resources.count(case, compiled)["products"] == products
 
 
 def test_one_kernel_of_each_family_has_its_budgeted_numbers(monkeypatch):
