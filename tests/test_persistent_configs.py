@@ -89,11 +89,13 @@ def test_a_small_layer_is_one_program(hidden_size):
         ("options", "a100", 2, 512, 64, 32, 2, 32, (512,), True),
         ("options", "a100", 4, 256, 112, 32, 4, 16, (256,), True),
         ("options", "a100", 2, 1024, 16, 16, 1, 64, (256,) * 4, True),
-        # back through norms 32 rows by wgmma alone, in two bytes; and chunks of 512 bytes by addresses
+        # back through norms 32 rows by descriptors alone, to 2048 bytes a row of W; and chunks of 512 bytes by addresses
         ("norms", "h100", 2, 40, 16, 16, 1, 4, (64,), True),
         ("norms", "h100", 2, 512, 64, 16, 4, 32, (512,), True),
         ("norms", "h100", 2, 512, 128, 32, 4, 32, (512,), False),
         ("norms", "h100", 2, 1024, 64, 32, 2, 64, (1024,), False),
+        ("norms", "h100", 4, 512, 96, 32, 3, 32, (512,), False),
+        ("norms", "b200", 2, 1024, 64, 32, 2, 64, (1024,), False),
         ("norms", "a100", 2, 1024, 16, 16, 1, 64, (256,) * 4, True),
         ("norms", "a100", 4, 512, 16, 16, 1, 32, (128,) * 4, True),
         ("norms", "b200", 2, 256, 16, 16, 1, 16, (256,), False),
@@ -123,7 +125,8 @@ def test_what_more_than_a_plain_step_leaves(
         ("norms", "h100", 2, 1024, 128, "programs for each 32 of 128 rows are more than"),
         ("norms", "h100", 4, 768, 48, "programs for each 16 of 48 rows are more than"),
         ("norms", "a100", 2, 768, 48, "programs for each 16 of 48 rows are more than"),
-        ("norms", "b200", 2, 1024, 64, "programs for each 16 of 64 rows are more than"),
+        ("norms", "h100", 2, 1150, 24, "programs for each 16 of 24 rows are more than"),
+        ("norms", "b200", 2, 900, 64, "programs for each 16 of 64 rows are more than"),
     ],
 )
 def test_what_only_a_plain_step_leaves_registers_for(burden, device, element_size, hidden_size, batch_size, reason):
