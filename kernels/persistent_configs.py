@@ -100,7 +100,7 @@ def _config(
     elif burden == "options":  # mma.sync: only beside the addresses of one chunk of W
         choices = (16, 32) if described or (power_of_two and backward_total * element_size <= 1024) else (16,)
     else:
-        # 32 where h lies in shared memory at once, and tcgen05, whose accumulators are loaded from afar, has one of them
+        # 32 where h lies in shared memory at once; and of tcgen05, whose accumulators must be fetched, where it is one
         fits = backward_total * element_size <= 2048 and (device.capability == 90 or power_of_two)
         choices = (16, 32) if described and fits else (16,)
     rows = next((rows for rows in choices if -(-batch_size // rows) <= most), None)

@@ -89,7 +89,7 @@ def test_a_small_layer_is_one_program(hidden_size):
         ("options", "a100", 2, 512, 64, 32, 2, 32, (512,), True),
         ("options", "a100", 4, 256, 112, 32, 4, 16, (256,), True),
         ("options", "a100", 2, 1024, 16, 16, 1, 64, (256,) * 4, True),
-        # back through norms 32 rows by descriptors alone, to 2048 bytes a row of W; and chunks of 512 bytes by addresses
+        # back through norms: 32 rows by descriptors alone, to 2048 bytes a row; chunks of 512 bytes by addresses
         ("norms", "h100", 2, 40, 16, 16, 1, 4, (64,), True),
         ("norms", "h100", 2, 512, 64, 16, 4, 32, (512,), True),
         ("norms", "h100", 2, 512, 128, 32, 4, 32, (512,), False),
