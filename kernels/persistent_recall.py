@@ -1,7 +1,6 @@
-"""A step of the cell again, on the way back, and what its gradients are multiples of: elementwise, on any tiles.
+"""A step of the cell again, on the way back, and what its gradients are multiples of: elementwise, on [UNITS, ROWS].
 
-The walk does this on tiles [UNITS, ROWS], the statistics before it on rows of units. A tuple of four is of the gates
-i, f, g, o; peepholes are of i, f, o, or None.
+A tuple of four is of the gates i, f, g, o; peepholes are of i, f, o, or None.
 """
 
 import triton
