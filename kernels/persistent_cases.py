@@ -24,6 +24,9 @@ def _walks(device: Device) -> Iterator[Case | None]:
     for size in sizes:
         yield forward_case(device, *size)
         yield backward_case(device, *size)
+    for option in ("peephole", "zoneout masks", "recurrent mask", "reset"):
+        yield forward_case(device, "bf16", 1024, 64, option)
+        yield backward_case(device, "bf16", 1024, 64, option)
     yield forward_case(device, "bf16", 512, 16, save=False)
     yield forward_case(device, "bf16", 512, 16, directions=2)
     yield backward_case(device, "bf16", 512, 16, directions=2)
@@ -103,7 +106,7 @@ def forward_case(
     directions: int = 1,
 ) -> Case | None:
     """The kernel with one of `_FORWARD_OPTIONS` or none; None if its grid does not fit."""
-    config = _config(device, dtype, hidden_size, batch_size, "options" if option else "none")
+    config = _config(device, dtype, hidden_size, batch_size, _burden(option))
     if config is None:
         return None
     masked = is_masked(config, hidden_size, batch_size)
@@ -121,8 +124,7 @@ def backward_case(
 ) -> Case | None:
     """Likewise, with one of `_BACKWARD_OPTIONS`."""
     layer_norm = _layer_norm(option)
-    burden = "norms" if layer_norm is not None else "none" if option in ("", "d_c_all") else "options"
-    config = _config(device, dtype, hidden_size, batch_size, burden)
+    config = _config(device, dtype, hidden_size, batch_size, "norms" if layer_norm is not None else _burden(option))
     if config is None:
         return None
     masked = is_masked(config, hidden_size, batch_size)
@@ -141,6 +143,12 @@ def _config(device: Device, dtype: str, hidden_size: int, batch_size: int, burde
         return persistent_config(device, 4 if dtype == "fp32" else 2, hidden_size, batch_size, burden=burden)
     except DoesNotFit:
         return None
+
+
+def _burden(option: str) -> Burden:
+    if option in ("", "d_c_all"):
+        return "none"
+    return "options" if _ALL in option or _layer_norm(option) is not None else "option"
 
 
 def _layer_norm(option: str) -> str | None:

@@ -37,9 +37,9 @@ class PersistentConfig:
         return self.tiles * self.slices
 
 
-# What a walk holds in registers that a plain one does not: nothing; options, any of them, but backward not the norms;
-# or a step back through layer norms, which has twice a plain one's values at once, with whatever other options.
-Burden = Literal["none", "options", "norms"]
+# What a walk holds in registers that a plain one does not: nothing; one option, elementwise; more options, or forward
+# norms; or a step back through norms, which has twice a plain one's values at once, with whatever other options.
+Burden = Literal["none", "option", "options", "norms"]
 
 
 class DoesNotFit(ValueError):
@@ -61,7 +61,8 @@ def persistent_config(
     computes. Else they walk one after the other, in the grid of one.
 
     Args:
-        burden: "none" for the plain cell; "options" with any option, but backward "norms" if it has layer norms
+        burden: "none" for the plain cell; "option" with one; "options" with more, or with layer norms, but backward
+            through these "norms"
 
     Raises:
         DoesNotFit: no grid does, for one direction; its text gives the numbers
@@ -80,7 +81,7 @@ def _config(
     # 64 rows of W a program: the least that wgmma and tcgen05 multiply; forward they are 16 units by 4 gates, backward
     # 64 outputs. More would halve the programs, and with them the shared memory that W can lie in.
     units, slices, tiles = 16, 4, -(-hidden_size // 64)
-    if hidden_size <= 64 and (burden == "none" or (burden == "options" and element_size == 2)):
+    if hidden_size <= 64 and (burden == "none" or (burden != "norms" and element_size == 2)):
         # One program holds all of W and waits for nobody: a barrier costs more than the products it would spread.
         # (Through norms, or with options in float32, 64 units are more than its registers hold.)
         units, slices, tiles = 64, 1, 1
@@ -97,7 +98,7 @@ def _config(
     power_of_two = backward_total & (backward_total - 1) == 0
     if burden == "none":
         choices = (16, 32, 64) if described else (16, 32)
-    elif burden == "options":  # mma.sync: only beside the addresses of one chunk of W
+    elif burden != "norms":  # mma.sync: only beside the addresses of one chunk of W
         choices = (16, 32) if described or (power_of_two and backward_total * element_size <= 1024) else (16,)
     else:
         # 32 where h lies in shared memory at once; and of tcgen05, whose accumulators must be fetched, where it is one
@@ -116,7 +117,7 @@ def _config(
         # several of 512, which share most of theirs.
         whole = backward_total * element_size <= 1024 and burden != "norms"
         largest = (1024 if whole else 512) // element_size
-        if burden == "options" and backward_total * element_size > 2048:
+        if burden in ("option", "options") and backward_total * element_size > 2048:
             raise DoesNotFit(
                 f"the registers of {device.name} do not hold its options beside the addresses of "
                 f"{len(_chunks(backward_total, largest))} chunks of W_hh"
@@ -131,7 +132,7 @@ def _config(
     # The descriptors of all products fill the registers before the last ones are hoisted, and then they spill. Made
     # anew in each step they cost wgmma some 20 to 50 instructions, and tcgen05 less than fetching them.
     held = _DESCRIBED_BYTES.get(device.capability, 8192)
-    if burden == "options":
+    if burden in ("option", "options"):
         held = min(held, 2304)
     if rows == 64 or (rows == 32 and burden == "options"):
         held //= 2

@@ -18,7 +18,9 @@ class Options(NamedTuple):
 
 def forward_burden(walk: Any) -> Burden:
     """Of a `fused_lstm.recurrence.Walk`."""
-    return "options" if walk.layer_norm is not None or walk.options() else "none"
+    if walk.layer_norm is not None:
+        return "options"
+    return ("none", "option", "options")[min(len(walk.options()), 2)]
 
 
 def backward_burden(walk: Any) -> Burden:

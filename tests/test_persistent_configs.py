@@ -85,6 +85,8 @@ def test_a_small_layer_is_one_program(hidden_size):
         ("options", "h100", 4, 650, 16, 16, 1, 44, (512, 128, 64), False),  # 2816 bytes a row of W, which plain holds
         ("options", "h100", 2, 40, 16, 16, 1, 1, (256,), True),
         ("options", "h100", 4, 40, 16, 16, 1, 4, (64,), True),  # where a plain layer is one program
+        ("option", "h100", 2, 1024, 64, 32, 2, 64, (1024,), True),
+        ("option", "h100", 4, 650, 16, 16, 1, 44, (512, 128, 64), False),
         # by addresses: 32 rows beside one chunk only
         ("options", "a100", 2, 512, 64, 32, 2, 32, (512,), True),
         ("options", "a100", 4, 256, 112, 32, 4, 16, (256,), True),
@@ -113,6 +115,7 @@ def test_what_more_than_a_plain_step_leaves(
     ("burden", "device", "element_size", "hidden_size", "batch_size", "reason"),
     [
         ("options", "h100", 2, 1024, 128, "programs for each 32 of 128 rows are more than"),
+        ("option", "h100", 2, 1024, 128, "programs for each 32 of 128 rows are more than"),
         ("options", "a100", 2, 768, 48, "programs for each 16 of 48 rows are more than"),
         (
             "options",
@@ -154,7 +157,7 @@ def test_what_does_not_fit_says_why(device, element_size, hidden_size, batch_siz
 @pytest.mark.parametrize("device", KNOWN_DEVICES.values(), ids=KNOWN_DEVICES)
 @pytest.mark.parametrize("element_size", [2, 4])
 @pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("burden", ["none", "options", "norms"])
+@pytest.mark.parametrize("burden", ["none", "option", "options", "norms"])
 def test_every_grid_that_fits_holds_what_it_promises(device, element_size, directions, burden):
     fitting = 0
     for hidden_size in (1, 17, 64, 65, 100, 128, 160, 256, 500, 512, 650, 768, 1024, 1150, 1536):
