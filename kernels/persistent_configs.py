@@ -125,6 +125,8 @@ def _config(
     at_once = backward_total <= room
     while not at_once and largest > room:
         largest //= 2
+    if burden == "norms" and device.capability == 100 and element_size == 4 and not at_once:
+        raise DoesNotFit(f"the registers of {device.name} do not hold a step through norms beside h in pieces")
     if largest < 128:  # smaller chunks would be mostly barriers
         raise DoesNotFit(
             f"beside {weights // 1024} KB of W_hh, h of {rows} rows does not fit into a block of {device.name}"

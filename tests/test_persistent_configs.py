@@ -129,6 +129,7 @@ def test_what_more_than_a_plain_step_leaves(
         ("norms", "h100", 4, 768, 48, "programs for each 16 of 48 rows are more than"),
         ("norms", "a100", 2, 768, 48, "programs for each 16 of 48 rows are more than"),
         ("norms", "h100", 2, 1150, 24, "programs for each 16 of 24 rows are more than"),
+        ("norms", "b200", 4, 768, 16, "the registers of B200 do not hold a step through norms beside h in pieces"),
         ("norms", "b200", 2, 900, 64, "programs for each 16 of 64 rows are more than"),
     ],
 )
