@@ -101,8 +101,9 @@ def _config(
     elif burden != "norms":  # mma.sync: only beside the addresses of one chunk of W
         choices = (16, 32) if described or (power_of_two and backward_total * element_size <= 1024) else (16,)
     else:
-        # 32 where h lies in shared memory at once; and of tcgen05, whose accumulators must be fetched, where it is one
-        fits = backward_total * element_size <= 2048 and (device.capability == 90 or power_of_two)
+        # 32 where h lies in shared memory at once, for few accumulators: with tcgen05, which fetches them, for one
+        chunks = backward_total.bit_count()
+        fits = backward_total * element_size <= 2048 and chunks <= (3 if device.capability == 90 else 1)
         choices = (16, 32) if described and fits else (16,)
     rows = next((rows for rows in choices if -(-batch_size // rows) <= most), None)
     if rows is None:
@@ -134,8 +135,8 @@ def _config(
     # The descriptors of all products fill the registers before the last ones are hoisted, and then they spill. Made
     # anew in each step they cost wgmma some 20 to 50 instructions, and tcgen05 less than fetching them.
     held = _DESCRIBED_BYTES.get(device.capability, 8192)
-    if burden in ("option", "options"):
-        held = min(held, 2304)
+    if described and burden != "none":
+        held = min(held, 2048 if burden == "norms" else 2304)
     if rows == 64 or (rows == 32 and burden == "options"):
         held //= 2
     if burden == "norms" and (rows == 32 or device.capability == 100):
